@@ -1,0 +1,66 @@
+# `make help` lists the targets. Each one does the set-up that it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN_ID ?= $(shell date +%Y%m%d-%H%M%S)
+PROCESSES ?= 2
+DATA := data_cache/stdlib
+STAMP := $(VENV)/.fulmen-setup
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup data pretrain test test-fast check bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## virtual environment with pinned packages, and fulmen installed in place
+
+$(STAMP): setup.py constraints.txt
+	@echo "== setting up $(VENV) with $$($(PYTHON) --version) (a minute or two)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=python3.11 ...") if sys.version_info[:2] not in [(3, 11), (3, 12)] else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+	@echo "== $(VENV) is ready"
+
+data: $(DATA)/manifest.json  ## tokenise the standard library's sources, the text that every machine has
+
+$(DATA)/manifest.json: | $(STAMP)
+	@echo "== preparing $(DATA) from the Python standard library's sources"
+	@$(BIN)/python launch/prepare_data.py output=$(DATA) tokenizer=train vocab_size=4096 \
+		validation_fraction=0.02 input="[$$($(BIN)/python launch/stdlib_sources.py)]"
+
+pretrain: $(STAMP) data  ## train a small Text-01 on real text, then let it write a few lines
+	@echo "== training runs/text01_tiny/$(RUN_ID) with $(PROCESSES) processes (about three minutes)"
+	@$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/pretrain.py \
+		recipe=text01_tiny run_id=$(RUN_ID) $(ARGS)
+	@$(BIN)/python launch/generate.py run=runs/text01_tiny/$(RUN_ID)
+	@echo "== done: open runs/text01_tiny/$(RUN_ID)/report.html"
+
+test: $(STAMP)  ## every test
+	@echo "== running the tests"
+	@$(BIN)/python -m pytest
+
+test-fast: $(STAMP)  ## the tier for each save
+	@$(BIN)/python -m pytest -m fast
+
+check: $(STAMP) .types/fulmen  ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml -p fulmen
+
+# The rooms lie at the top level; a tree of links shows them to mypy under their import name.
+.types/fulmen: setup.py
+	@mkdir -p $@
+	@for room in launch recipes trainer parallel models data kernels; do ln -sfn ../../$$room $@/$$room; done
+	@touch $@
+
+bench: $(STAMP)  ## the figures of docs/performance.md that this machine can give
+	@$(BIN)/python benchmarks/data.py
+
+clean:  ## remove what make built, but no run
+	@rm -rf $(VENV) .types .mypy_cache .ruff_cache build *.egg-info data_cache

@@ -1,0 +1,364 @@
+"""The loader: from prepared folders to the micro-batches of each training step."""
+
+import hashlib
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from fulmen.data.config import SourceConfig
+from fulmen.data.mixture import Mixture
+from fulmen.data.packing import (
+    DOCUMENT,
+    LAST,
+    LENGTH,
+    SOURCE,
+    START,
+    PackedBatch,
+    Piece,
+    Rest,
+    pack_rows,
+    read_micro_batch,
+)
+from fulmen.data.shards import IntArray, PreparedSplit
+
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one optimiser step trains on; the totals are over all data-parallel ranks."""
+
+    # Micro-batches of this rank, in order.
+    micro_batches: list[PackedBatch]
+    # Real tokens, padding left out.
+    num_tokens: int
+    # Tokens with a label.
+    num_labels: int
+    # Sum over documents (pieces of a cut one apart) of length^2, for attention FLOPs.
+    sum_squared_lengths: int
+    # Real tokens of this step by source.
+    source_tokens: dict[str, int]
+    # Hash of what the step holds: equal digest = equal micro-batches.
+    digest: str
+    # JSON-able state after this step: give it to a new loader to go on from here.
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _StepPlan:
+    """A step before its tokens are read: the pieces ([n, 5]) of each micro-batch, all ranks."""
+
+    micro_batches: list[IntArray]
+    num_tokens: int
+    num_labels: int
+    sum_squared_lengths: int
+    source_tokens: dict[str, int]
+    digest: str
+    state: dict[str, Any]
+
+
+class PackedLoader:
+    """An endless iterator of StepBatch whose order depends on the seed and the step alone.
+
+    Every rank plans every step from the documents' lengths and reads only the tokens of its own
+    micro-batches: j of a step belongs to rank j % dp_size. `batch_tokens` gives the step's global
+    batch in tokens, padding included, from the real tokens of all earlier steps. `state` is a
+    StepBatch.state, taken with any dp_size; seq_len, batch sizes and weights may differ from
+    those it was taken with, the data and the seed may not. Raises ValueError at once for whatever
+    is wrong with the sources or the sizes. A background thread keeps `prefetch_steps` ready; what
+    it raises comes out of `__next__`.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, SourceConfig],
+        *,
+        seq_len: int,
+        micro_batch_tokens: int,
+        batch_tokens: Callable[[int], int],
+        seed: int,
+        vocab_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        split: str = "train",
+        prefetch_steps: int = 2,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        _check_micro_batch(seq_len, micro_batch_tokens)
+        self._planner = _Planner(
+            _open_sources(sources, split, vocab_size),
+            {name: source.weight for name, source in sources.items()},
+            seq_len=seq_len,
+            micro_batch_tokens=micro_batch_tokens,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            dp_size=dp_size,
+            state=state,
+        )
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._error: BaseException | None = None
+        self._stop = threading.Event()
+        self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(max(1, prefetch_steps))
+        self._thread: threading.Thread | None = None
+        if prefetch_steps > 0:
+            # The thread holds no reference to the loader, so a dropped loader ends it.
+            weakref.finalize(self, self._stop.set)
+            self._thread = threading.Thread(
+                target=_produce,
+                args=(self._planner, dp_rank, dp_size, self._ready, self._stop),
+                name="fulmen-loader",
+                daemon=True,
+            )
+            self._thread.start()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        if self._error is not None:
+            raise self._error
+        if self._stop.is_set():
+            raise StopIteration
+        if self._thread is None:
+            return _read_step(self._planner, self._dp_rank, self._dp_size)
+        step = self._ready.get()
+        if isinstance(step, BaseException):
+            self._error = step
+            raise step
+        return step
+
+    def close(self) -> None:
+        """Stop the background thread; the loader gives no further steps."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _produce(
+    planner: "_Planner",
+    dp_rank: int,
+    dp_size: int,
+    ready: "queue.Queue[StepBatch | BaseException]",
+    stop: threading.Event,
+) -> None:
+    while not stop.is_set():
+        item: StepBatch | BaseException
+        try:
+            item = _read_step(planner, dp_rank, dp_size)
+        except BaseException as error:  # re-raised in the training thread
+            item = error
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        if isinstance(item, BaseException):
+            return
+
+
+def _read_step(planner: "_Planner", dp_rank: int, dp_size: int) -> StepBatch:
+    plan = planner.next_step()
+    return StepBatch(
+        micro_batches=[
+            read_micro_batch(pieces, planner.splits, num_tokens=planner.micro_batch_tokens)
+            for pieces in plan.micro_batches[dp_rank::dp_size]
+        ],
+        num_tokens=plan.num_tokens,
+        num_labels=plan.num_labels,
+        sum_squared_lengths=plan.sum_squared_lengths,
+        source_tokens=plan.source_tokens,
+        digest=plan.digest,
+        state=plan.state,
+    )
+
+
+class _Planner:
+    """Works out each step's pieces from lengths alone, the same on every rank."""
+
+    def __init__(
+        self,
+        splits: list[PreparedSplit],
+        weights: Mapping[str, float],
+        *,
+        seq_len: int,
+        micro_batch_tokens: int,
+        batch_tokens: Callable[[int], int],
+        seed: int,
+        dp_size: int,
+        state: dict[str, Any] | None,
+    ) -> None:
+        if state is not None and state["version"] != _STATE_VERSION:
+            raise ValueError(f"the checkpoint's data state has version {state['version']}")
+        if state is not None and state["seed"] != seed:
+            raise ValueError(
+                f"seed={seed}, but the checkpoint's data order has seed={state['seed']}: resume "
+                "with that seed, or start a new run"
+            )
+        self.splits = splits
+        self.micro_batch_tokens = micro_batch_tokens
+        self._seq_len, self._seed, self._dp_size = seq_len, seed, dp_size
+        self._batch_tokens = batch_tokens
+        self._mixture = Mixture(
+            splits, weights, seed=seed, state=None if state is None else state["mixture"]
+        )
+        self._step: int = state["step"] if state else 0
+        self._tokens: int = state["tokens"] if state else 0
+        numbers = {split.name: number for number, split in enumerate(splits)}
+        self._pending: list[Rest] = [
+            (numbers[name], document, start, length)
+            for name, document, start, length in (state["pending"] if state else [])
+        ]
+        held = [f"{split.name}={split.fingerprint}" for split in splits]
+        self._digest_head = f"{seq_len} {micro_batch_tokens} {' '.join(held)}".encode()
+        self._num_micro_batches()  # a wrong size is an error now, not in a thread later
+
+    def next_step(self) -> _StepPlan:
+        count = self._num_micro_batches()
+        rows_each = self.micro_batch_tokens // self._seq_len
+        rows, self._pending = pack_rows(
+            self._mixture.draw, self._pending, num_rows=count * rows_each, seq_len=self._seq_len
+        )
+        micro_batches = [
+            _as_array(rows[first : first + rows_each]) for first in range(0, len(rows), rows_each)
+        ]
+        pieces = np.concatenate(micro_batches)
+        lengths = pieces[:, LENGTH]
+        by_source = np.bincount(pieces[:, SOURCE], weights=lengths, minlength=len(self.splits))
+        num_tokens = int(lengths.sum())
+        hasher = hashlib.blake2b(self._digest_head, digest_size=8)
+        for micro_batch in micro_batches:
+            hasher.update(len(micro_batch).to_bytes(8, "little"))
+            hasher.update(micro_batch.tobytes())
+        self._step += 1
+        self._tokens += num_tokens
+        return _StepPlan(
+            micro_batches=micro_batches,
+            num_tokens=num_tokens,
+            num_labels=num_tokens - int(pieces[:, LAST].sum()),
+            sum_squared_lengths=int((lengths * lengths).sum()),
+            source_tokens={
+                split.name: int(tokens)
+                for split, tokens in zip(self.splits, by_source, strict=True)
+            },
+            digest=hasher.hexdigest(),
+            state=self._state(),
+        )
+
+    def _num_micro_batches(self) -> int:
+        tokens = self._batch_tokens(self._tokens)
+        whole = self.micro_batch_tokens * self._dp_size
+        if tokens <= 0 or tokens % whole:
+            raise ValueError(
+                f"data.global_batch_tokens: the batch of {tokens} tokens (after {self._tokens} "
+                f"tokens) is not a multiple of trainer.micro_batch_tokens="
+                f"{self.micro_batch_tokens} x {self._dp_size} data-parallel ranks = {whole} "
+                f"(data.seq_len={self._seq_len})"
+            )
+        return tokens // self.micro_batch_tokens
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "version": _STATE_VERSION,
+            "step": self._step,
+            "tokens": self._tokens,
+            "seed": self._seed,
+            "mixture": self._mixture.state(),
+            "pending": [
+                [self.splits[source].name, document, start, length]
+                for source, document, start, length in self._pending
+            ],
+        }
+
+
+def evaluation_batches(
+    source: SourceConfig,
+    *,
+    seq_len: int,
+    micro_batch_tokens: int,
+    vocab_size: int,
+    max_tokens: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    name: str = "evaluation",
+) -> Iterator[PackedBatch]:
+    """This rank's micro-batches of the held-out split: each document once, in a fixed order.
+
+    Stops after `max_tokens` real tokens over all ranks; the last document is cut there. Every
+    rank gets the same number of batches: where there are too few, some hold padding alone, with
+    no label. What the batches hold does not depend on dp_size. `name` is the source's key, for
+    messages; errors are raised at the call, not at the first batch.
+    """
+    _check_micro_batch(seq_len, micro_batch_tokens)
+    if max_tokens <= 0:
+        raise ValueError(f"evaluation needs max_tokens above 0, not {max_tokens}")
+    split = PreparedSplit(source.path, "valid", name=name, vocab_size=vocab_size)
+    plan = _plan_evaluation(
+        split, max_tokens=max_tokens, seq_len=seq_len, micro_batch_tokens=micro_batch_tokens
+    )
+    plan += [_as_array([])] * (-len(plan) % dp_size)
+    return (
+        read_micro_batch(pieces, [split], num_tokens=micro_batch_tokens)
+        for pieces in plan[dp_rank::dp_size]
+    )
+
+
+def _plan_evaluation(
+    split: PreparedSplit, *, max_tokens: int, seq_len: int, micro_batch_tokens: int
+) -> list[IntArray]:
+    # A document has at least one token, so these are enough.
+    documents = np.arange(min(split.num_documents, max_tokens))
+    lengths = np.array(split.lengths(documents))
+    # A document cut by max_tokens ends in a piece that has a label for its last token.
+    cut = np.minimum(lengths, max_tokens - (np.cumsum(lengths) - lengths))
+    upcoming = iter([(0, int(number), int(cut[number])) for number in documents if cut[number] > 0])
+    num_rows = micro_batch_tokens // seq_len
+    plan: list[IntArray] = []
+    pending: list[Rest] = []
+    while True:
+        rows, pending = pack_rows(
+            lambda: next(upcoming, None), pending, num_rows=num_rows, seq_len=seq_len
+        )
+        pieces = _as_array(rows)
+        if not len(pieces):
+            return plan
+        pieces[:, LAST] = pieces[:, START] + pieces[:, LENGTH] == lengths[pieces[:, DOCUMENT]]
+        plan.append(pieces)
+
+
+def _as_array(rows: Sequence[Sequence[Piece]]) -> IntArray:
+    return np.array(list(chain.from_iterable(rows)), dtype=np.int64).reshape(-1, 5)
+
+
+def _open_sources(
+    sources: Mapping[str, SourceConfig], split: str, vocab_size: int
+) -> list[PreparedSplit]:
+    """Every source, sorted by name so that the order in the configuration changes nothing."""
+    if not sources:
+        raise ValueError("data.sources is empty: name at least one prepared folder")
+    splits = [
+        PreparedSplit(source.path, split, name=name, vocab_size=vocab_size)
+        for name, source in sorted(sources.items())
+    ]
+    for other in splits[1:]:
+        if other.tokenizer_sha256 != splits[0].tokenizer_sha256:
+            raise ValueError(
+                f"data.sources.{splits[0].name} and data.sources.{other.name} were prepared with "
+                "different tokenizers: prepare both with one tokenizer"
+            )
+    return splits
+
+
+def _check_micro_batch(seq_len: int, micro_batch_tokens: int) -> None:
+    if seq_len <= 0:
+        raise ValueError(f"data.seq_len={seq_len} must be above 0")
+    if micro_batch_tokens <= 0 or micro_batch_tokens % seq_len:
+        raise ValueError(
+            f"trainer.micro_batch_tokens={micro_batch_tokens} must be a multiple of "
+            f"data.seq_len={seq_len}"
+        )

@@ -1,0 +1,420 @@
+"""Prepare a data folder: tokenise the input into shards, and go on where a killed run stopped.
+
+A shard covers a run of consecutive input documents: its files are written under `.progress/`,
+renamed into place, and then recorded there together with the place in the input where the shard
+ends. Where shards end depends on the documents alone, so a run that was killed and started again
+writes the same bytes as one that was not. The manifest comes last and means "whole".
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fulmen.data.config import PrepareConfig
+from fulmen.data.reading import InputFile, check_parquet, input_signature, list_input, read_chunks
+from fulmen.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, file_sha256, read_manifest
+from fulmen.data.tokenise import (
+    EncodeSettings,
+    MalformedError,
+    decode_text,
+    encode_chunks,
+    load_tokenizer,
+    train_tokenizer,
+)
+from fulmen.data.writing import ShardWriter, as_json, write_whole
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+REJECTED_FILE = "rejected.jsonl"
+_PROGRESS = ".progress"
+
+
+def prepare(config: PrepareConfig, *, console: Console) -> dict[str, Any]:
+    """Write the folder `config.output`, or finish or recognise it, and return its manifest.
+
+    Raises ValueError for settings that cannot be, for a folder prepared or begun with other
+    settings (nothing is overwritten), and when too much of the input is malformed.
+    """
+    _check_config(config)
+    output = Path(config.output).resolve()
+    inputs = [config.input] if isinstance(config.input, str) else list(config.input)
+    files = list_input(
+        inputs, suffixes=config.suffixes, document_per=config.document_per, output=output
+    )
+    check_parquet(files, config.text_field)
+    settings = _settings(config, files)
+    progress = output / _PROGRESS
+    if not (output / MANIFEST).exists():
+        _claim_folder(output)
+        with open(progress / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"output={output}: another run is preparing it") from None
+            _begin(output, settings)
+            tokenizer = _make_tokenizer(config, files, output, console)
+            shards = _write_shards(config, files, output, tokenizer, console)
+            _finish(config, output, settings, tokenizer, shards, console)
+    else:
+        _check_finished(output, settings)
+        console.print(f"{output} is whole already, with the same settings: nothing to do")
+    shutil.rmtree(progress, ignore_errors=True)
+    return read_manifest(output)
+
+
+def _check_config(config: PrepareConfig) -> None:
+    if not config.input:
+        raise ValueError("input is empty: give a file, a glob, a folder, or a list of them")
+    if config.document_per not in ("file", "line"):
+        raise ValueError(f"document_per={config.document_per} must be file or line")
+    if not 0 <= config.validation_fraction < 1:
+        raise ValueError(f"validation_fraction={config.validation_fraction} must be in [0, 1)")
+    if not 0 <= config.max_rejected_fraction <= 1:
+        raise ValueError(f"max_rejected_fraction={config.max_rejected_fraction} must be in [0, 1]")
+    if config.shard_tokens <= 0:
+        raise ValueError(f"shard_tokens={config.shard_tokens} must be above 0")
+    if config.num_workers < 0:
+        raise ValueError(f"num_workers={config.num_workers} must be 0 (every core) or more")
+    if config.tokenizer != "train":
+        _end_of_document_id(load_tokenizer(str(_tokenizer_path(config))), config)
+        return
+    if config.vocab_size < 257:
+        raise ValueError(f"vocab_size={config.vocab_size} must be 257 or more: 256 bytes and the "
+                         "end-of-document token")  # fmt: skip
+    if config.train_sample_mb <= 0:
+        raise ValueError(f"train_sample_mb={config.train_sample_mb} must be above 0")
+
+
+def _tokenizer_path(config: PrepareConfig) -> Path:
+    path = Path(config.tokenizer)
+    if path.is_dir():
+        path = path / TOKENIZER_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"tokenizer={config.tokenizer}: {path} does not exist: give a tokenizer.json, a folder "
+            "with one, or tokenizer=train"
+        )
+    return path
+
+
+def _end_of_document_id(tokenizer: Tokenizer, config: PrepareConfig) -> int:
+    token_id = tokenizer.token_to_id(config.end_of_document)
+    if token_id is None:
+        special = [
+            str(token.content)
+            for token in tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        ]
+        raise ValueError(
+            f"tokenizer={config.tokenizer} has no token end_of_document={config.end_of_document}: "
+            f"its special tokens are {', '.join(special[:20]) or 'none'}"
+        )
+    return int(token_id)
+
+
+def _settings(config: PrepareConfig, files: Sequence[InputFile]) -> dict[str, Any]:
+    """All that decides what is written, and nothing else."""
+    settings: dict[str, Any] = {
+        "input_files": len(files),
+        "input_bytes": sum(file.size_bytes for file in files),
+        "input_signature": input_signature(files),
+    }
+    if config.tokenizer == "train":
+        settings["tokenizer"] = "train"
+        settings["vocab_size"] = config.vocab_size
+        settings["train_sample_mb"] = config.train_sample_mb
+    else:
+        settings["tokenizer"] = file_sha256(_tokenizer_path(config))
+    for key in ("end_of_document", "text_field", "document_per"):
+        settings[key] = getattr(config, key)
+    settings["validation_fraction"] = config.validation_fraction
+    settings["shard_tokens"] = config.shard_tokens
+    return settings
+
+
+def _check_same_settings(output: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        f"{key} ({there.get(key, 'unset')} there, {now.get(key, 'unset')} now)"
+        for key in {**there, **now}
+        if there.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"output={output} was prepared or begun with other settings: {', '.join(changed)}: "
+            "choose another output, or remove that folder"
+        )
+
+
+def _check_finished(output: Path, settings: dict[str, Any]) -> None:
+    manifest = read_manifest(output)
+    _check_same_settings(output, manifest["settings"], settings)
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            for kind in ("tokens", "index"):
+                path = output / shard[f"{kind}_file"]
+                if not path.is_file() or path.stat().st_size != shard[f"{kind}_bytes"]:
+                    raise ValueError(
+                        f"{path} is missing or has another size than its manifest says: "
+                        f"remove {output} and run again"
+                    )
+
+
+def _claim_folder(output: Path) -> None:
+    """Make the folder, or make sure that it is ours."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        strange = sorted(path.name for path in output.iterdir())
+        if strange and _PROGRESS not in strange:
+            raise ValueError(
+                f"output={output} holds other files ({', '.join(strange[:3])}): give a new or "
+                "empty folder"
+            )
+        (output / _PROGRESS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output={output} cannot be written: {error}") from None
+
+
+def _begin(output: Path, settings: dict[str, Any]) -> None:
+    progress = output / _PROGRESS
+    kept = progress / "settings.json"
+    if kept.exists():
+        _check_same_settings(output, json.loads(kept.read_text(encoding="utf-8")), settings)
+    else:
+        write_whole(kept, as_json(settings), temporary_folder=progress)
+    for left_over in progress.glob("*.tmp"):
+        left_over.unlink()
+
+
+def _make_tokenizer(
+    config: PrepareConfig, files: Sequence[InputFile], output: Path, console: Console
+) -> Tokenizer:
+    path = output / TOKENIZER_FILE
+    if not path.exists():
+        if config.tokenizer == "train":
+            console.print(f"training a tokenizer of {config.vocab_size} entries ...")
+            trained = train_tokenizer(
+                _sample_texts(config, files),
+                vocab_size=config.vocab_size,
+                end_of_document=config.end_of_document,
+            )
+            content = trained.to_str(pretty=True).encode()
+        else:
+            content = _tokenizer_path(config).read_bytes()
+        write_whole(path, content, temporary_folder=output / _PROGRESS)
+    return load_tokenizer(str(path))
+
+
+def _sample_texts(config: PrepareConfig, files: Sequence[InputFile]) -> Iterator[str]:
+    """The first documents of files all over the input, up to each file's part of the sample."""
+    share = min(1.0, config.train_sample_mb * 1e6 / max(1, sum(file.size_bytes for file in files)))
+    quota = taken = 0.0
+    for file in files:
+        quota += file.size_bytes * share
+        if share < 1 and taken >= quota:
+            continue
+        for chunk in read_chunks([file], text_field=config.text_field):
+            for raw, row in zip(chunk.raw, chunk.rows, strict=True):
+                try:
+                    text = decode_text(raw, chunk.kind, row, config.text_field)
+                    taken += len(text.encode("utf-8"))
+                except (MalformedError, UnicodeEncodeError):
+                    continue  # counted and reported when the input is tokenised
+                yield text
+            if share < 1 and taken >= quota:
+                break
+
+
+def _write_shards(
+    config: PrepareConfig,
+    files: Sequence[InputFile],
+    output: Path,
+    tokenizer: Tokenizer,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Write the shards that are not there yet; the records of all, in order."""
+    progress = output / _PROGRESS
+    shards = _kept_shards(output)
+    start: tuple[int, int] = tuple(shards[-1]["end"]) if shards else (0, 0)
+    if shards:
+        console.print(f"going on after {len(shards)} finished shard(s) of an interrupted run")
+    encode = EncodeSettings(
+        tokenizer_file=str(output / TOKENIZER_FILE),
+        end_of_document_id=_end_of_document_id(tokenizer, config),
+        dtype=_dtype(tokenizer),
+        text_field=config.text_field,
+        validation_fraction=config.validation_fraction,
+    )
+
+    def new_writer() -> ShardWriter:
+        return ShardWriter(len(shards), output=output, progress=progress, dtype=encode.dtype)
+
+    chunks = read_chunks(files, text_field=config.text_field, start=start)
+    writer = new_writer()
+    with _Bar(files, start, shards, console) as bar:
+        for chunk, encoded in encode_chunks(encode, chunks, num_workers=_num_workers(config)):
+            ends = np.cumsum(np.maximum(encoded.lengths, 0))
+            begin = 0
+            while begin < len(ends):
+                before = int(ends[begin - 1]) if begin else 0
+                # The shard ends with the document that reaches its size.
+                full = before + config.shard_tokens - writer.tokens
+                stop = min(int(np.searchsorted(ends, full)) + 1, len(ends))
+                writer.add(chunk, encoded, begin, stop, files=files)
+                begin = stop
+                if writer.tokens >= config.shard_tokens:
+                    shards.append(writer.close())
+                    console.print(f"shard {writer.number}: {writer.tokens:,} tokens written")
+                    writer = new_writer()
+            bar.advance(chunk.input_bytes, encoded.lengths)
+        if writer.documents or writer.rejected or writer.empty:
+            shards.append(writer.close())
+    return shards
+
+
+def _kept_shards(output: Path) -> list[dict[str, Any]]:
+    """Records of the shards that an interrupted run finished, up to the first unfinished one."""
+    shards: list[dict[str, Any]] = []
+    while (record := output / _PROGRESS / f"shard-{len(shards):05d}.json").exists():
+        shard = json.loads(record.read_text(encoding="utf-8"))
+        for part in shard["splits"].values():
+            for kind in ("tokens", "index"):
+                path = output / part[f"{kind}_file"]
+                if not path.is_file() or path.stat().st_size != part[f"{kind}_bytes"]:
+                    return shards
+        shards.append(shard)
+    return shards
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "uint16" if _vocab_size(tokenizer) <= 2**16 else "uint32"
+
+
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: ids need not be without gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _num_workers(config: PrepareConfig) -> int:
+    return config.num_workers or len(os.sched_getaffinity(0))
+
+
+class _Bar:
+    """The progress line: documents, tokens, tokens/s, time left by bytes of input."""
+
+    def __init__(
+        self,
+        files: Sequence[InputFile],
+        start: tuple[int, int],
+        shards: Sequence[dict[str, Any]],
+        console: Console,
+    ) -> None:
+        self._progress = Progress(
+            TextColumn("{task.percentage:>3.0f}%"),
+            BarColumn(),
+            TextColumn("{task.fields[documents]:,} documents"),
+            TextColumn("{task.fields[tokens]:,} tokens"),
+            TextColumn("{task.fields[speed]:,} tokens/s"),
+            TextColumn("{task.fields[rejected]:,} rejected"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._documents = sum(shard["documents"] for shard in shards)
+        self._tokens_before = self._tokens = sum(shard["tokens"] for shard in shards)
+        self._rejected = sum(shard["rejected"] for shard in shards)
+        self._task = self._progress.add_task(
+            "tokenise",
+            total=sum(file.size_bytes for file in files),
+            completed=sum(file.size_bytes for file in files[: start[0]]),
+            documents=self._documents,
+            tokens=self._tokens,
+            speed=0,
+            rejected=self._rejected,
+        )
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, input_bytes: int, lengths: np.ndarray) -> None:
+        self._documents += int((lengths > 0).sum())
+        self._tokens += int(np.maximum(lengths, 0).sum())
+        self._rejected += int((lengths < 0).sum())
+        elapsed = self._progress.tasks[0].elapsed or 0.0
+        self._progress.update(
+            self._task,
+            advance=input_bytes,
+            documents=self._documents,
+            tokens=self._tokens,
+            speed=int((self._tokens - self._tokens_before) / max(elapsed, 1e-3)),
+            rejected=self._rejected,
+        )
+
+
+def _finish(
+    config: PrepareConfig,
+    output: Path,
+    settings: dict[str, Any],
+    tokenizer: Tokenizer,
+    shards: Sequence[dict[str, Any]],
+    console: Console,
+) -> None:
+    """Put the list of rejected lines in place, judge it, and write the manifest."""
+    progress = output / _PROGRESS
+    totals = {
+        key: sum(shard[key] for shard in shards)
+        for key in ("documents", "tokens", "rejected", "empty")
+    }
+    rejected = b"".join(
+        (progress / f"rejected-{number:05d}.jsonl").read_bytes() for number in range(len(shards))
+    )
+    write_whole(output / REJECTED_FILE, rejected, temporary_folder=progress)
+    console.print(
+        f"documents: {totals['documents']:,}; rejected as malformed: {totals['rejected']:,} "
+        f"(each with file and line in {output / REJECTED_FILE}); empty: {totals['empty']:,}"
+    )
+    if totals["rejected"] > config.max_rejected_fraction * (
+        totals["rejected"] + totals["documents"]
+    ):
+        raise ValueError(
+            f"{totals['rejected']} of {totals['rejected'] + totals['documents']} documents are "
+            f"malformed, above max_rejected_fraction={config.max_rejected_fraction}: see "
+            f"{output / REJECTED_FILE} (is text_field={config.text_field} right?)"
+        )
+    if not totals["documents"]:
+        raise ValueError("the input holds no document that is not empty")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "settings": settings,
+        "tokenizer": {"file": TOKENIZER_FILE, "sha256": file_sha256(output / TOKENIZER_FILE)},
+        "vocab_size": _vocab_size(tokenizer),
+        "end_of_document": {
+            "token": config.end_of_document,
+            "id": _end_of_document_id(tokenizer, config),
+        },
+        "dtype": _dtype(tokenizer),
+        **totals,
+        "splits": {},
+    }
+    for split in SPLITS:
+        parts = [shard["splits"][split] for shard in shards if split in shard["splits"]]
+        documents, tokens = (sum(part[key] for part in parts) for key in ("documents", "tokens"))
+        manifest["splits"][split] = {"documents": documents, "tokens": tokens, "shards": parts}
+        console.print(f"split {split}: {documents:,} documents, {tokens:,} tokens")
+        if not documents and (split == "train" or config.validation_fraction):
+            console.print(
+                f"warning: split {split} is empty: change validation_fraction="
+                f"{config.validation_fraction} if it is needed"
+            )
+    write_whole(output / MANIFEST, as_json(manifest), temporary_folder=progress)
+    console.print(f"{output} is whole: vocab_size={manifest['vocab_size']}")

@@ -1,0 +1,65 @@
+"""The public op: argument checks, and the choice between one row and packed documents."""
+
+import torch
+from torch import Tensor
+
+from fulmen.kernels.lightning.reference import chunked_lightning_attention
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal linear attention with decay: `S_t = exp(-slope) S_{t-1} + k_t v_t^T`, `o_t = q_t^T S_t`.
+
+    Args:
+        q, k, v: `[batch, tokens, heads, head_dim]`, one dtype; no scaling is applied.
+        slopes: `[heads]` fp32, >= 0; the decay is `exp(-slope)` per token.
+        cu_seqlens: `[sequences + 1]` int32 document boundaries of a packed row (batch 1), from 0
+            to `tokens`; no state crosses a boundary.
+        initial_state: `[sequences, heads, head_dim, head_dim]`, key index first; `sequences` is the
+            batch, or the number of packed documents.
+        output_final_state: also return the state after each sequence's last token.
+
+    Returns:
+        The output, shaped and typed like `v`, and the final state in fp32 (fp64 for fp64 inputs)
+        or None. Sums and states are fp32 at least, whatever the input type.
+    """
+    if not q.shape == k.shape == v.shape or q.dim() != 4:
+        raise ValueError(
+            "lightning_attention: q, k and v must share one shape [batch, tokens, heads, head_dim], "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if slopes.shape != (q.shape[2],):
+        raise ValueError(f"lightning_attention: slopes must be [{q.shape[2]}], one per head")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError("lightning_attention: cu_seqlens needs batch 1 (one packed row)")
+    num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    state_shape = (num_sequences, q.shape[2], q.shape[3], q.shape[3])
+    if initial_state is not None and initial_state.shape != state_shape:
+        raise ValueError(
+            f"lightning_attention: initial_state must be {state_shape}, "
+            f"got {tuple(initial_state.shape)}"
+        )
+
+    if cu_seqlens is None or (initial_state is None and not output_final_state):
+        return chunked_lightning_attention(
+            q, k, v, slopes, cu_seqlens, initial_state, output_final_state
+        )
+    outputs, states = [], []
+    bounds = cu_seqlens.tolist()
+    for index, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        state = None if initial_state is None else initial_state[index : index + 1]
+        output, state = chunked_lightning_attention(
+            q[:, start:end], k[:, start:end], v[:, start:end], slopes, None, state, True
+        )
+        outputs.append(output)
+        states.append(state)
+    final_state = torch.cat([s for s in states if s is not None]) if output_final_state else None
+    return torch.cat(outputs, dim=1), final_state

@@ -1,0 +1,56 @@
+"""Tokenise text into a folder which a training run can read: see docs/data.md.
+
+python launch/prepare_data.py input=GLOB_OR_FOLDER output=DIR tokenizer=train vocab_size=8192
+"""
+
+import dataclasses
+import difflib
+import sys
+
+import hydra
+from fulmen.data.config import PrepareConfig
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+ConfigStore.instance().store(name="prepare_data_schema", node=PrepareConfig)
+
+
+def check_keys(overrides: list[str]) -> None:
+    """ValueError with the nearest known key for a key that PrepareConfig does not have."""
+    known = [field.name for field in dataclasses.fields(PrepareConfig)]
+    for override in overrides:
+        key, equals, _ = override.lstrip("+~").partition("=")
+        if not equals or key.startswith(("-", "hydra")) or key in known:
+            continue
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown key {key}: did you mean {nearest}? Keys: {', '.join(known)}")
+
+
+@hydra.main(version_base="1.3", config_path="../recipes", config_name="prepare_data")
+def run(config: DictConfig) -> None:
+    # Here, because the tokenising processes import this file too and need neither.
+    from fulmen.data.prepare import prepare
+    from rich.console import Console
+
+    try:
+        settings = OmegaConf.to_object(config)
+        assert isinstance(settings, PrepareConfig)
+        prepare(settings, console=Console(highlight=False, soft_wrap=True))
+    except MissingMandatoryValue as error:
+        sys.exit(f"prepare_data: {error.full_key or error}= must be given")
+    except ValueError as error:
+        sys.exit(f"prepare_data: {error}")
+
+
+def main() -> None:
+    """Entry point of `fulmen-prepare-data`."""
+    try:
+        check_keys(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"prepare_data: {error}")
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Shapes of a Text-01 model. The dataclasses are also the schema of the Hydra groups."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The `model` group: every fact that decides the parameters and the forward pass."""
+
+    num_layers: int = MISSING
+    """Transformer blocks."""
+    hidden_size: int = MISSING
+    """Width of the residual stream."""
+    num_attention_heads: int = MISSING
+    """Query heads of a softmax layer, and heads of a lightning layer; a power of two."""
+    num_key_value_heads: int = MISSING
+    """Key and value heads of a softmax layer."""
+    head_dim: int = MISSING
+    """Size of one head in both kinds of layer."""
+    rotary_dim: int = MISSING
+    """Leading dims of a head that RoPE rotates, in softmax layers."""
+    num_experts: int = MISSING
+    """Experts in each layer."""
+    num_experts_per_token: int = MISSING
+    """Experts that a token is sent to."""
+    expert_hidden_size: int = MISSING
+    """Inner width of one SwiGLU expert."""
+    vocab_size: int = MISSING
+    """Rows of the embedding and of the head."""
+    rope_theta: float = 10_000.0
+    """RoPE base."""
+    softmax_every: int = 8
+    """Every n-th layer is softmax attention, the others lightning; 1 = all softmax, 0 = none."""
+    rms_norm_eps: float = 1.0e-5
+    """Epsilon of the norms on the residual stream."""
+    lightning_norm_eps: float = 1.0e-6
+    """Epsilon of the norm on the output of lightning attention."""
+    residual_alpha: float | None = None
+    """Weight of the normalised residual; null = (2 num_layers)^0.25 (DeepNorm)."""
+    residual_beta: float = 1.0
+    """Weight of each sublayer's output at run time."""
+
+    @property
+    def alpha(self) -> float:
+        """The residual weight in force."""
+        given = self.residual_alpha
+        return (2 * self.num_layers) ** 0.25 if given is None else given
+
+    def is_softmax(self, layer: int) -> bool:
+        """Whether block `layer`, counted from 0, uses softmax attention."""
+        return self.softmax_every > 0 and (layer + 1) % self.softmax_every == 0
+
+    @property
+    def num_softmax_layers(self) -> int:
+        """Blocks with softmax attention."""
+        return sum(self.is_softmax(layer) for layer in range(self.num_layers))
+
+
+@dataclass
+class MoEConfig:
+    """The `moe` group: how tokens are routed in training."""
+
+    capacity_factor: float | None = None
+    """Assignments an expert takes, over the mean per expert; null = dropless."""
+    aux_loss_coef: float = 0.01
+    """Weight of the load-balancing loss, summed over layers."""
+
+
+def check_model(config: ModelConfig, moe: MoEConfig) -> None:
+    """Raise `ValueError` naming the keys if the shapes cannot make a model."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    sizes = [
+        ("num_layers", config.num_layers),
+        ("hidden_size", config.hidden_size),
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", kv_heads),
+        ("head_dim", config.head_dim),
+        ("num_experts", config.num_experts),
+        ("num_experts_per_token", config.num_experts_per_token),
+        ("expert_hidden_size", config.expert_hidden_size),
+        ("vocab_size", config.vocab_size),
+    ]
+    for name, value in sizes:
+        if value < 1:
+            raise ValueError(f"model.{name}={value}: must be at least 1")
+    if heads & (heads - 1):
+        raise ValueError(
+            f"model.num_attention_heads={heads}: must be a power of two, because the published "
+            "decay of lightning attention is defined for those"
+        )
+    if heads % kv_heads:
+        raise ValueError(
+            f"model.num_attention_heads={heads} is not a multiple of "
+            f"model.num_key_value_heads={kv_heads}"
+        )
+    if config.rotary_dim % 2 or not 0 <= config.rotary_dim <= config.head_dim:
+        raise ValueError(
+            f"model.rotary_dim={config.rotary_dim}: must be even and at most "
+            f"model.head_dim={config.head_dim}"
+        )
+    if config.num_experts_per_token > config.num_experts:
+        raise ValueError(
+            f"model.num_experts_per_token={config.num_experts_per_token} exceeds "
+            f"model.num_experts={config.num_experts}"
+        )
+    if config.softmax_every < 0:
+        raise ValueError(f"model.softmax_every={config.softmax_every}: must be 0 or more")
+    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
+        raise ValueError(f"moe.capacity_factor={moe.capacity_factor}: must be positive, or null")

@@ -1,0 +1,283 @@
+"""Names, shapes and config.json of the released Text-01 checkpoint, mapped to ours and back.
+
+No file is read or written here. Two kinds of config.json describe one set of tensors: the release's
+own (`minimax_text_01`) and that of transformers' MiniMax class (`minimax`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fulmen.models.config import ModelConfig, MoEConfig, check_model
+from fulmen.models.text import TextModel
+
+FORMATS = ("released", "transformers")
+DECAY_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+"""Constants that transformers' lightning layers save; they follow from the config."""
+
+_LIGHTNING_NORM_EPS = 1.0e-6  # hard-coded by the released code and by transformers
+_ALPHA_KEYS = {
+    "released": [
+        f"layernorm_{kind}_alpha" for kind in ("full_attention", "linear_attention", "mlp")
+    ],
+    "transformers": [f"{kind}_alpha_factor" for kind in ("full_attn", "linear_attn", "mlp")],
+}
+_SIZE_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "num_experts": "num_local_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "expert_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+}
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "router_jitter_noise": 0.0,
+    "shared_intermediate_size": 0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "rope_scaling": None,
+    "quantization_config": None,
+}
+"""What fulmen's model can not vary: key -> the only value."""
+
+
+class Slot(NamedTuple):
+    """Where one released tensor lives among ours."""
+
+    name: str
+    """Our parameter."""
+    expert: int | None
+    """Its index along the first dim, or None if it is the whole parameter."""
+    shape: tuple[int, ...]
+    """Shape of the released tensor."""
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameter names and shapes, in the model's order; no memory is taken."""
+    with torch.device("meta"):
+        model = TextModel(config, MoEConfig())
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def released_layout(config: ModelConfig) -> dict[str, Slot]:
+    """Released key -> where it lives; keys of one stacked parameter follow each other."""
+    layout = {}
+    for name, shape in parameter_shapes(config).items():
+        stem, _, matrix = name.rpartition(".experts.")
+        if stem:
+            for expert in range(shape[0]):
+                layout[f"model.{stem}.experts.{expert}.{matrix}.weight"] = Slot(
+                    name, expert, shape[1:]
+                )
+        else:
+            key = name if name.startswith("lm_head.") else f"model.{name}"
+            layout[key] = Slot(name, None, shape)
+    return layout
+
+
+def is_decay_buffer(key: str, config: ModelConfig) -> bool:
+    """Whether `key` is one of the decay buffers of a lightning layer of this model."""
+    parts = key.split(".")
+    return (
+        len(parts) == 5
+        and parts[:2] == ["model", "layers"]
+        and parts[2].isdecimal()
+        and int(parts[2]) < config.num_layers
+        and not config.is_softmax(int(parts[2]))
+        and parts[3] == "self_attn"
+        and parts[4] in DECAY_BUFFERS
+    )
+
+
+def check_shapes(
+    found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], where: str
+) -> None:
+    """Raise `ValueError`, counting all differences, unless keys and shapes are as expected."""
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    wrong = [
+        f"{key} {list(found[key])} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and tuple(found[key]) != tuple(shape)
+    ]
+    kinds = [("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)]
+    complaints = [_some(kind, items) for kind, items in kinds if items]
+    if complaints:
+        raise ValueError(f"{where} does not hold this model: " + "; ".join(complaints))
+
+
+def _some(kind: str, items: list[str], shown: int = 5) -> str:
+    more = f", and {len(items) - shown} more" if len(items) > shown else ""
+    return f"{len(items)} {kind}: {', '.join(items[:shown])}{more}"
+
+
+def to_hf_config(
+    config: ModelConfig, format: str, *, max_position_embeddings: int, dtype: str
+) -> dict[str, Any]:
+    """config.json of the given format; `ValueError` for a model that it can not describe."""
+    if format not in FORMATS:
+        raise ValueError(f"format={format}: must be one of {', '.join(FORMATS)}")
+    if config.lightning_norm_eps != _LIGHTNING_NORM_EPS:
+        raise ValueError(
+            f"model.lightning_norm_eps={config.lightning_norm_eps}: config.json has no key for it, "
+            f"and its readers use {_LIGHTNING_NORM_EPS}"
+        )
+    softmax = [config.is_softmax(layer) for layer in range(config.num_layers)]
+    values: dict[str, Any] = {
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": max_position_embeddings,
+        "output_router_logits": False,
+        "rms_norm_eps": config.rms_norm_eps,
+        "router_aux_loss_coef": 0.001,  # the release's; fulmen's own is in the `moe` group
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    values |= {theirs: getattr(config, ours) for ours, theirs in _SIZE_KEYS.items()}
+    for key in _ALPHA_KEYS[format]:
+        values[key] = config.alpha
+        values[key.replace("alpha", "beta")] = config.residual_beta
+    if format == "released":
+        values |= {
+            "architectures": ["MiniMaxText01ForCausalLM"],
+            "model_type": "minimax_text_01",
+            "attn_type_list": [int(is_softmax) for is_softmax in softmax],
+            "postnorm": True,
+            "rope_theta": config.rope_theta,
+            "rotary_dim": config.rotary_dim,
+            "shared_intermediate_size": 0,
+            "shared_moe_mode": "sigmoid",
+        }
+    else:
+        values |= {
+            "architectures": ["MiniMaxForCausalLM"],
+            "model_type": "minimax",
+            "block_size": 256,
+            "layer_types": [
+                "full_attention" if is_softmax else "linear_attention" for is_softmax in softmax
+            ],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": config.rope_theta,
+                "partial_rotary_factor": config.rotary_dim / config.head_dim,
+            },
+        }
+    return dict(sorted(values.items()))
+
+
+def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The model that a config.json describes; `ValueError` naming the key if fulmen has no such."""
+    model_type = values.get("model_type")
+    formats = {"minimax_text_01": "released", "minimax": "transformers"}
+    if model_type not in formats:
+        raise ValueError(f"model_type={model_type}: must be one of {', '.join(formats)}")
+    format = formats[model_type]
+    _refuse_what_differs(values, format)
+    if values.get("head_dim") is None:
+        share = _required(values, "hidden_size") // _required(values, "num_attention_heads")
+        values = {**values, "head_dim": share}
+    sizes = {ours: int(_required(values, theirs)) for ours, theirs in _SIZE_KEYS.items()}
+    alphas = _ALPHA_KEYS[format]
+    alpha = _shared_value(values, alphas)
+    config = ModelConfig(
+        **sizes,
+        rotary_dim=_rotary_dim(values, sizes["head_dim"]),
+        rope_theta=_rope_theta(values),
+        softmax_every=_softmax_every(values, format, sizes["num_layers"]),
+        rms_norm_eps=float(_required(values, "rms_norm_eps")),
+        lightning_norm_eps=_LIGHTNING_NORM_EPS,
+        residual_alpha=alpha,
+        residual_beta=_shared_value(values, [key.replace("alpha", "beta") for key in alphas]),
+    )
+    if alpha == (2 * config.num_layers) ** 0.25:
+        config.residual_alpha = None
+    check_model(config, MoEConfig())
+    return config
+
+
+def _refuse_what_differs(values: Mapping[str, Any], format: str) -> None:
+    for key, only in _FIXED.items():
+        if key in values and values[key] != only:
+            raise ValueError(f"{key}={values[key]}: fulmen's model has {only} and nothing else")
+    for key, value in values.items():
+        if "bias" in key and value:
+            raise ValueError(f"{key}={value}: fulmen's model has no biases")
+    if format == "released" and not values.get("postnorm", False):
+        raise ValueError("postnorm: must be true, fulmen's residual is the normalised input")
+
+
+def _required(values: Mapping[str, Any], key: str) -> Any:
+    if values.get(key) is None:
+        raise ValueError(f"{key}: missing from config.json")
+    return values[key]
+
+
+def _shared_value(values: Mapping[str, Any], keys: list[str]) -> float:
+    found = {key: float(_required(values, key)) for key in keys}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{key}={value}" for key, value in found.items())
+        raise ValueError(f"{listed}: fulmen's model has one value for all of them")
+    return found[keys[0]]
+
+
+def _rope_parameters(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    rope = values.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type != "default":
+        raise ValueError(f"rope_parameters.rope_type={rope_type}: fulmen has default only")
+    return rope
+
+
+def _rope_theta(values: Mapping[str, Any]) -> float:
+    theta = _rope_parameters(values).get("rope_theta")
+    return float(_required(values, "rope_theta") if theta is None else theta)
+
+
+def _rotary_dim(values: Mapping[str, Any], head_dim: int) -> int:
+    """Given as a size or as a share of the head; the whole head if neither is there."""
+    found = {}
+    if values.get("rotary_dim") is not None:
+        found["rotary_dim"] = float(values["rotary_dim"])
+    for where, prefix in ((_rope_parameters(values), "rope_parameters."), (values, "")):
+        share = where.get("partial_rotary_factor")
+        if share is not None:
+            found[f"{prefix}partial_rotary_factor"] = round(share * head_dim, 6)
+    if len(set(found.values())) > 1:
+        raise ValueError(f"{', '.join(found)}: contradict each other ({list(found.values())} dims)")
+    dim = next(iter(found.values()), float(head_dim))
+    if not dim.is_integer():
+        raise ValueError(f"{next(iter(found))}: gives {dim} dims of head_dim={head_dim}")
+    return int(dim)
+
+
+def _softmax_every(values: Mapping[str, Any], format: str, num_layers: int) -> int:
+    key, softmax, lightning = (
+        ("attn_type_list", 1, 0)
+        if format == "released"
+        else ("layer_types", "full_attention", "linear_attention")
+    )
+    kinds = list(_required(values, key))
+    if len(kinds) != num_layers:
+        raise ValueError(f"{key}: has {len(kinds)} entries for num_hidden_layers={num_layers}")
+    unknown = sorted({str(kind) for kind in kinds if kind not in (softmax, lightning)})
+    if unknown:
+        raise ValueError(f"{key}: {', '.join(unknown)} is no kind of layer that fulmen has")
+    every = kinds.index(softmax) + 1 if softmax in kinds else 0
+    for layer, kind in enumerate(kinds):
+        if (kind == softmax) != (every > 0 and (layer + 1) % every == 0):
+            raise ValueError(
+                f"{key}: entry {layer} breaks the pattern (softmax in every n-th layer, n={every})"
+            )
+    return every

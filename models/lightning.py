@@ -1,0 +1,51 @@
+"""Lightning attention layer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulmen.kernels.lightning import lightning_attention
+from fulmen.models.config import ModelConfig
+from fulmen.models.layers import Context, RMSNorm, decay_slopes
+
+
+class LightningAttention(nn.Module):
+    """SiLU on q, k and v, linear attention with decay, RMSNorm over all heads, sigmoid gate."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_layers = config.num_layers
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        inner = self.num_heads * self.head_dim
+        # Rows are interleaved by head: [q_0 | k_0 | v_0 | q_1 | ...].
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * inner, bias=False)
+        self.output_gate = nn.Linear(config.hidden_size, inner, bias=False)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.norm = RMSNorm(inner, config.lightning_norm_eps)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """`[batch, tokens, hidden_size]` in and out."""
+        batch, tokens, _ = x.shape
+        qkv = F.silu(self.qkv_proj(x)).view(batch, tokens, self.num_heads, 3 * self.head_dim)
+        output = self.attend(*qkv.split(self.head_dim, dim=-1), context)
+        gated = torch.sigmoid(self.output_gate(x)) * self.norm(output.flatten(2))
+        return self.out_proj(gated)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """The attention core on `[batch, tokens, heads, head_dim]`; sequence parallelism's seam."""
+        slopes = decay_slopes(self.num_heads, self.layer, self.num_layers, q.device)
+        cache = context.cache
+        output, state = lightning_attention(
+            q,
+            k,
+            v,
+            slopes,
+            cu_seqlens=context.cu_seqlens,
+            initial_state=cache.states.get(self.layer) if cache else None,
+            output_final_state=cache is not None,
+        )
+        if cache is not None and state is not None:
+            cache.states[self.layer] = state
+        return output

@@ -1,0 +1,108 @@
+"""Mixture of experts: router, dispatch, SwiGLU experts, load-balancing loss."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulmen.kernels.moe import Routing, drop_over_capacity, grouped_swiglu, route
+from fulmen.models.config import ModelConfig, MoEConfig
+
+
+class MoEStats(NamedTuple):
+    """What one layer reports of a micro-batch; padding is not counted."""
+
+    aux_loss: Tensor
+    """fp32 scalar, 1 at perfect balance, not yet weighted."""
+    counts: Tensor
+    """`[num_experts]` int64 assignments the router asked for, dropped ones included."""
+    num_dropped: Tensor
+    """int64 scalar, assignments over capacity."""
+
+
+class Experts(nn.Module):
+    """The SwiGLU experts of one layer, stacked on the first dim."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = (config.num_experts, config.expert_hidden_size, config.hidden_size)
+        self.w1 = nn.Parameter(torch.empty(inner))
+        self.w3 = nn.Parameter(torch.empty(inner))
+        self.w2 = nn.Parameter(torch.empty(inner[0], inner[2], inner[1]))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Apply each expert to its rows of `x` `[rows, hidden_size]`, sorted by expert."""
+        return grouped_swiglu(x, counts, self.w1, self.w3, self.w2)
+
+
+class MoE(nn.Module):
+    """`sum_i gate_i * expert_i(x)` over the chosen experts (arXiv:2501.08313, equation 1)."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.num_experts_per_token = config.num_experts_per_token
+        self.capacity_factor = moe.capacity_factor
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor, num_tokens: int | None = None) -> tuple[Tensor, MoEStats]:
+        """`[batch, tokens, hidden_size]` in and out; tokens from `num_tokens` on are padding."""
+        flat = x.flatten(0, 1)
+        routing = self._route(flat)
+        if num_tokens is not None and num_tokens < flat.shape[0]:
+            routing = mask_padding(routing, num_tokens, self.num_experts)
+        num_tokens = flat.shape[0] if num_tokens is None else num_tokens
+        counts = count_assignments(routing.experts, self.num_experts)
+        aux_loss = load_balancing_loss(counts, routing.probabilities[:num_tokens])
+        num_dropped = counts.new_zeros(())
+        if self.capacity_factor is not None:
+            mean = num_tokens * self.num_experts_per_token / self.num_experts
+            capacity = math.ceil(self.capacity_factor * mean)
+            routing = drop_over_capacity(routing, self.num_experts, capacity)
+            num_dropped = (counts - capacity).clamp(min=0).sum()
+        output = self.dispatch(flat, routing)
+        return output.view_as(x), MoEStats(aux_loss, counts, num_dropped)
+
+    def _route(self, flat: Tensor) -> Routing:
+        # fp32 even in bf16 training: near-ties between experts would otherwise be broken by rounding.
+        dtype = torch.promote_types(flat.dtype, torch.float32)
+        logits = F.linear(flat.to(dtype), self.gate.weight.to(dtype))
+        return route(logits, self.num_experts_per_token)
+
+    def dispatch(self, flat: Tensor, routing: Routing) -> Tensor:
+        """Send tokens to their experts and sum what comes back; expert parallelism's seam."""
+        k = self.num_experts_per_token
+        order = routing.experts.flatten().argsort(stable=True)
+        source = order // k
+        counts = count_assignments(routing.experts, self.num_experts)
+        outputs = self.experts(flat[source], counts)
+        weights = routing.weights.flatten()[order].unsqueeze(1)
+        # Back to token order, then a sum in fixed order: index_add_ is not deterministic on a GPU.
+        by_token = (outputs * weights).to(flat.dtype)[order.argsort()]
+        return by_token.view(-1, k, flat.shape[1]).sum(1)
+
+
+def count_assignments(experts: Tensor, num_experts: int) -> Tensor:
+    """`[num_experts]` int64 assignments per expert; dropped ones (id `num_experts`) are left out."""
+    return torch.bincount(experts.flatten(), minlength=num_experts + 1)[:num_experts]
+
+
+def mask_padding(routing: Routing, num_tokens: int, num_experts: int) -> Routing:
+    """Send the tokens from `num_tokens` on to no expert."""
+    padding = torch.arange(routing.experts.shape[0], device=routing.experts.device) >= num_tokens
+    return routing._replace(experts=routing.experts.masked_fill(padding[:, None], num_experts))
+
+
+def load_balancing_loss(counts: Tensor, probabilities: Tensor) -> Tensor:
+    """`E * sum_i f_i m_i`: f_i the share of assignments, m_i the mean routing probability.
+
+    The paper prints `(1/E) sum f m`, which is 1/E^2 at balance and would vanish beside its
+    coefficient of 0.01; we take the usual factor E (Switch, arXiv:2101.03961, equation 4), with
+    shares that sum to 1, so that balance gives 1 whatever E and k. Counted before any drop, over
+    one micro-batch. `counts` is `[E]`, `probabilities` `[tokens, E]`.
+    """
+    shares = counts.to(probabilities.dtype) / counts.sum().clamp(min=1)
+    return counts.numel() * (shares * probabilities.sum(0)).sum() / max(probabilities.shape[0], 1)

@@ -1,0 +1,136 @@
+"""MiniMax-Text-01: embedding, post-norm blocks of attention and experts, untied head."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fulmen.kernels.cross_entropy import linear_cross_entropy
+from fulmen.models.config import ModelConfig, MoEConfig
+from fulmen.models.layers import Cache, Context, RMSNorm, packed_positions, rope_tables
+from fulmen.models.lightning import LightningAttention
+from fulmen.models.moe import MoE, MoEStats
+from fulmen.models.softmax import SoftmaxAttention
+
+
+class LossOutput(NamedTuple):
+    """Training losses of one micro-batch, and what its routers did."""
+
+    loss_sum: Tensor
+    """fp32 scalar: cross entropy in nats, summed over the labels."""
+    aux_loss: Tensor
+    """fp32 scalar: load-balancing loss, summed over layers, not yet weighted."""
+    counts: Tensor
+    """`[layers, num_experts]` int64 assignments the routers asked for."""
+    num_dropped: Tensor
+    """int64 scalar: assignments over capacity, summed over layers."""
+
+
+class Block(nn.Module):
+    """One attention and one expert sublayer.
+
+    The residual is the *normalised* input, `x = alpha * norm(x) + beta * f(norm(x))`: DeepNorm's
+    post-norm with each norm moved to the start of the next sublayer, as the released code has it.
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, layer: int) -> None:
+        super().__init__()
+        self.alpha, self.beta = config.alpha, config.residual_beta
+        attention = SoftmaxAttention if config.is_softmax(layer) else LightningAttention
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.block_sparse_moe = MoE(config, moe)
+
+    def forward(self, x: Tensor, context: Context, num_tokens: int | None) -> tuple[Tensor, MoEStats]:
+        """`[batch, tokens, hidden_size]` in and out."""
+        h = self.input_layernorm(x)
+        x = self.alpha * h + self.beta * self.self_attn(h, context)
+        h = self.post_attention_layernorm(x)
+        output, stats = self.block_sparse_moe(h, num_tokens)
+        return self.alpha * h + self.beta * output, stats
+
+
+class TextModel(nn.Module):
+    """The language model. Built without initial values; see `models.init`."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, moe, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_tokens: int | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor | LossOutput:
+        """Logits `[batch, tokens, vocab_size]`, or the losses if `labels` are given.
+
+        Args:
+            input_ids: `[batch, tokens]` int64.
+            labels: `[batch, tokens]` int64, already shifted: the token that each position is to
+                predict, -100 for none.
+            cu_seqlens: `[documents + 1]` int32 boundaries of one packed row (batch 1).
+            num_tokens: real tokens of a packed row; those behind them are padding.
+            cache: carries states and keys from one call to the next when decoding.
+        """
+        hidden, stats = self._hidden(input_ids, cu_seqlens, num_tokens, cache)
+        if labels is None:
+            return self.lm_head(hidden)
+        loss_sum = linear_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, labels.flatten()
+        )
+        return LossOutput(
+            loss_sum,
+            torch.stack([s.aux_loss for s in stats]).sum(),
+            torch.stack([s.counts for s in stats]),
+            torch.stack([s.num_dropped for s in stats]).sum(),
+        )
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        num_tokens: int | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, list[MoEStats]]:
+        tokens = input_ids.shape[1]
+        positions = packed_positions(tokens, cu_seqlens, input_ids.device)
+        if cache is not None:
+            positions = positions + cache.num_tokens
+        cos, sin = rope_tables(positions, self.config.rotary_dim, self.config.rope_theta)
+        context = Context(cos, sin, cu_seqlens, cache)
+        x = self.embed_tokens(input_ids)
+        stats = []
+        for block in self.layers:
+            x, block_stats = block(x, context, num_tokens)
+            stats.append(block_stats)
+        if cache is not None:
+            cache.num_tokens += tokens
+        return self.norm(x), stats
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_active_parameters(model: TextModel) -> int:
+    """Parameters that one token passes through, without embedding and head (the paper's count)."""
+    config = model.config
+    total = 0
+    for name, parameter in model.named_parameters():
+        if name.startswith(("embed_tokens.", "lm_head.")):
+            continue
+        numel = parameter.numel()
+        if ".experts." in name:
+            numel = numel * config.num_experts_per_token // config.num_experts
+        total += numel
+    return total

@@ -1,0 +1,34 @@
+"""The `parallel` group of the configuration."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ParallelConfig:
+    """How the work is spread; data parallelism takes what the other axes leave of the world."""
+
+    cp: int = 1
+    """Ranks that share one sequence (only 1 for now)."""
+    ep: int = 1
+    """Ranks that share the experts of a layer (only 1 for now)."""
+    etp: int = 1
+    """Ranks that split each expert's weights (only 1 for now)."""
+    zero_stage: int = 1
+    """ZeRO stage of the dense parameters: 0 none, 1 optimiser, 2 + gradients, 3 + parameters."""
+    expert_zero_stage: int | None = None
+    """ZeRO stage of the expert parameters; null = as zero_stage."""
+
+
+def check_parallel(config: ParallelConfig, world_size: int) -> None:
+    """Raise `ValueError` naming the keys if `world_size` processes cannot form this mesh."""
+    for name in ("cp", "ep", "etp"):
+        value = getattr(config, name)
+        if value != 1:
+            raise ValueError(
+                f"parallel.{name}={value}: only 1 is supported so far; "
+                f"the {world_size} process(es) all form the data-parallel axis"
+            )
+    for name in ("zero_stage", "expert_zero_stage"):
+        value = getattr(config, name)
+        if value is not None and value not in (0, 1, 2, 3):
+            raise ValueError(f"parallel.{name}={value}: must be 0, 1, 2 or 3")

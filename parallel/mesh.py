@@ -1,0 +1,74 @@
+"""All group arithmetic: which ranks form which axis."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fulmen.parallel.config import ParallelConfig, check_parallel
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The axes of one run: world = dp * cp, and for the experts world = edp * etp * ep."""
+
+    device: torch.device
+    """This rank's device."""
+    world_size: int
+    rank: int
+    dp: int
+    """Data-parallel size."""
+    dp_rank: int
+    shard: DeviceMesh
+    """One axis over all data-parallel ranks: ZeRO stages 1 to 3."""
+    replicate: DeviceMesh
+    """(data-parallel ranks, 1): ZeRO stage 0, a full copy on each."""
+
+
+def join_world() -> torch.device:
+    """Start the default process group and return this rank's device.
+
+    Under torchrun (or any launcher that sets RANK and WORLD_SIZE) the ranks meet at its
+    rendezvous; a plain `python` is a world of one. A launcher that sets only one of the two is an
+    error: falling back to one process would train N copies side by side.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if name in os.environ]
+    if given and len(given) < len(names):
+        raise ValueError(
+            f"the environment sets {', '.join(given)} but not all of RANK, WORLD_SIZE, MASTER_ADDR "
+            "and MASTER_PORT: start with torchrun, or with none of them for one process"
+        )
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = datetime.timedelta(minutes=10)
+    if given:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore()
+        )
+    return device
+
+
+def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
+    """Form every group of the run; the default process group must exist."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    check_parallel(config, world_size)
+    kind = device.type
+    return Mesh(
+        device=device,
+        world_size=world_size,
+        rank=rank,
+        dp=world_size,
+        dp_rank=rank,
+        shard=init_device_mesh(kind, (world_size,), mesh_dim_names=("dp",)),
+        replicate=init_device_mesh(kind, (world_size, 1), mesh_dim_names=("dp_replicate", "one")),
+    )

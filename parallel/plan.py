@@ -1,0 +1,61 @@
+"""The one function that spreads a model over a mesh, in a fixed order."""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fulmen.models.init import init_rows
+from fulmen.models.text import Block, TextModel
+from fulmen.parallel.config import ParallelConfig
+from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.zero import ZeroEngine, local_rows
+
+
+def parallelize(
+    model: TextModel,
+    mesh: Mesh,
+    config: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    activation_checkpointing: str,
+    compile_blocks: bool,
+    seed: int,
+) -> ZeroEngine:
+    """Spread a model that was built on the meta device and give it its initial values.
+
+    The order is: activation checkpointing, compilation, ZeRO (experts, then blocks, then the rest),
+    memory, values. Nothing is allocated before each rank knows its part.
+    """
+    blocks = [block for block in model.layers if isinstance(block, Block)]
+    assert len(blocks) == len(model.layers)
+    for block in blocks:
+        if activation_checkpointing == "full":
+            _checkpoint_activations(block)
+        if compile_blocks:
+            block.compile()
+
+    dense_stage = config.zero_stage
+    expert_stage = dense_stage if config.expert_zero_stage is None else config.expert_zero_stage
+    engine = ZeroEngine(model, mesh, dtype=dtype)
+    for block in blocks:
+        engine.shard(block.block_sparse_moe.experts, expert_stage, experts=True)
+        engine.shard(block, dense_stage)
+    engine.shard(model.embed_tokens, dense_stage)
+    engine.shard(model, dense_stage)
+
+    model.to_empty(device=mesh.device)
+    for name, parameter in engine.named_parameters():
+        for rows, first_row in local_rows(parameter):
+            init_rows(
+                rows, name, parameter.shape, config=model.config, seed=seed, first_row=first_row
+            )
+    return engine
+
+
+def _checkpoint_activations(block: nn.Module) -> None:
+    # The model draws no random numbers, so there is no generator state to restore.
+    block.forward = partial(  # type: ignore[method-assign]
+        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+    )

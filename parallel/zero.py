@@ -1,0 +1,118 @@
+"""ZeRO stages 0 to 3, dense and expert parameters apart, on torch's FSDP2.
+
+One engine serves every stage, because FSDP2 lets each unit choose when it gathers, keeps and
+reduces:
+
+| stage | parameters between steps | parameters in a step    | gradients over micro-batches    |
+|-------|--------------------------|-------------------------|---------------------------------|
+| 0     | full copy                | kept                    | full, all-reduced after the last |
+| 1     | sharded                  | gathered once, kept     | full, scattered after the last   |
+| 2     | sharded                  | gathered once, kept     | scattered after each             |
+| 3     | sharded                  | gathered where used     | scattered after each             |
+
+The optimiser state is a full copy in stage 0 and sharded otherwise. Gradients are *sums* over
+ranks: the loss is divided by global counts before the backward pass, so nothing depends on the
+number of ranks or on the size of a mesh axis.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from fulmen.parallel.mesh import Mesh
+
+
+class ZeroEngine:
+    """Shards a model built on the meta device, and drives its micro-batches and gradient norm."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh, *, dtype: torch.dtype) -> None:
+        """`dtype` is that of the forward and backward pass; parameters and reductions are fp32."""
+        self.model = model
+        self.mesh = mesh
+        self._stages: dict[FSDPModule, int] = {}
+        self._policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+    def shard(self, module: nn.Module, stage: int, *, experts: bool = False) -> None:
+        """Make `module`'s parameters, less those of units inside it, one unit of ZeRO `stage`."""
+        unit = cast(
+            FSDPModule,
+            fully_shard(
+                module,
+                mesh=self.mesh.replicate if stage == 0 else self.mesh.shard,
+                reshard_after_forward=stage == 3,
+                mp_policy=self._policy,
+                shard_placement_fn=self._expert_placement if experts and stage else None,
+            ),
+        )
+        unit.set_gradient_divide_factor(1.0)
+        # With a divide factor, torch would ask for a reduction that gloo does not have.
+        unit.set_force_sum_reduction_for_comms(True)
+        self._stages[unit] = stage
+
+    def _expert_placement(self, parameter: nn.Parameter) -> Shard:
+        # Whole experts per rank as long as there are enough of them; else split inside each one.
+        few = parameter.shape[0] < self.mesh.dp and parameter.shape[1] % self.mesh.dp == 0
+        return Shard(1 if few else 0)
+
+    def begin_micro_batch(self, *, is_last: bool) -> None:
+        """Say whether the coming backward pass is the step's last; call before its forward."""
+        for unit, stage in self._stages.items():
+            unit.set_requires_gradient_sync(is_last or stage >= 2, recurse=False)
+            unit.set_reshard_after_backward(is_last or stage == 3, recurse=False)
+            unit.set_is_last_backward(is_last)
+
+    def named_parameters(self) -> Iterator[tuple[str, DTensor]]:
+        """Name and sharded fp32 parameter, in the model's order."""
+        for name, parameter in self.model.named_parameters():
+            assert isinstance(parameter, DTensor), f"{name} was left out of every ZeRO unit"
+            yield name, parameter
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        """Norm of the whole gradient over all ranks, an fp32 scalar; scales it to `max_norm`."""
+        sharded, copied = [], []
+        for _, parameter in self.named_parameters():
+            gradient = parameter.grad
+            assert isinstance(gradient, DTensor), "every parameter takes part in every step"
+            is_copy = gradient.device_mesh.ndim == 2
+            (copied if is_copy else sharded).append(gradient.to_local())
+        total = _sum_of_squares(sharded, self.mesh.device)
+        dist.all_reduce(total, group=self.mesh.shard.get_group())
+        norm = (total + _sum_of_squares(copied, self.mesh.device)).sqrt()
+        if max_norm is not None:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+            torch._foreach_mul_(sharded + copied, scale)
+        return norm.float()
+
+
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    held = [tensor for tensor in tensors if tensor.numel()]
+    if not held:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(held)).double().square().sum()
+
+
+def local_rows(parameter: DTensor) -> Iterator[tuple[Tensor, int]]:
+    """This rank's part of a parameter as (whole rows, index of their first row).
+
+    A row is a slice along the last dim, counted over all leading dims; a parameter of one dim
+    has rows of one element. A part that is not contiguous in the whole comes in several pieces.
+    """
+    local = parameter.detach().to_local()
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    if local.dim() < 3:
+        yield local, offset[0]
+        return
+    assert local.dim() == 3
+    for index in range(local.shape[0]):
+        yield local[index], (offset[0] + index) * parameter.shape[1] + offset[1]

@@ -1,0 +1,54 @@
+"""Map the rooms at the top level to the import name `fulmen.*` (see docs/architecture)."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOMS = ["launch", "recipes", "trainer", "parallel", "models", "data", "kernels"]
+
+
+def packages() -> dict[str, str]:
+    """Every folder with an `__init__.py` below a room, as {dotted package name: folder}."""
+    found = {}
+    for room in ROOMS:
+        for init in sorted(Path(room).rglob("__init__.py")):
+            found["fulmen." + ".".join(init.parent.parts)] = str(init.parent)
+    return found
+
+
+setup(
+    name="fulmen",
+    version="0.1.0",
+    description="Distributed pretraining of lightning-attention mixture-of-experts models",
+    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=list(packages()),
+    package_dir=packages(),
+    package_data={"fulmen.recipes": ["**/*.yaml", "*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "hydra-core>=1.3",
+        "datasets",
+        "tokenizers",
+        "safetensors",
+        "wandb",
+        "tensorboard",
+        "rich",
+        "matplotlib",
+        "zstandard",
+    ],
+    extras_require={
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "transformers", "types-PyYAML"],
+        "transformers": ["transformers>=5"],
+        "flash-attn": ["flash-attn"],
+    },
+    entry_points={
+        "console_scripts": [
+            "fulmen-pretrain = fulmen.launch.pretrain:main",
+            "fulmen-prepare-data = fulmen.launch.prepare_data:main",
+        ]
+    },
+)

@@ -1,0 +1,130 @@
+"""Head and cross entropy in one op, against the two done apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fulmen.kernels.cross_entropy import linear_cross_entropy, op
+
+TOKENS, HIDDEN, VOCAB = 37, 12, 50
+
+
+@pytest.fixture(params=[1, 4 * VOCAB, 4 * VOCAB * 5 + 3, 2**28])
+def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token at a time (twice: by rounding up, exactly), five, all."""
+    monkeypatch.setattr(op, "CHUNK_BYTES", request.param)
+
+
+def make(dtype: torch.dtype, *, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(VOCAB, (tokens,), generator=generator)
+    labels[::5] = op.IGNORE_INDEX
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and both gradients in fp64."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="sum")
+    return loss, *torch.autograd.grad(loss, [hidden, weight])
+
+
+@pytest.mark.fast
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)],
+)
+def test_loss_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    hidden, weight, labels = make(dtype)
+    want, *want_gradients = reference(hidden, weight, labels)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert abs(loss - want) <= tolerance * want
+    gradients = torch.autograd.grad(3 * loss, [hidden, weight])
+    for got, exact in zip(gradients, want_gradients, strict=True):
+        assert got.dtype == dtype
+        assert (got - 3 * exact).abs().max() <= tolerance * (3 * exact).abs().max()
+
+
+@pytest.mark.fast
+@pytest.mark.usefixtures("_chunks")
+def test_ignored_labels_add_nothing() -> None:
+    hidden, weight, labels = make(torch.float64)
+    kept = labels != op.IGNORE_INDEX
+    loss = linear_cross_entropy(hidden, weight, labels)
+    short = linear_cross_entropy(hidden[kept], weight, labels[kept])
+    assert abs(loss - short) <= 1e-12 * short
+    loss.backward()
+    assert hidden.grad is not None
+    assert (hidden.grad[~kept] == 0).all()
+    assert linear_cross_entropy(hidden, weight, torch.full_like(labels, -100)).item() == 0
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_only_what_needs_a_gradient(frozen: str) -> None:
+    hidden, weight, labels = make(torch.float64)
+    want, *want_gradients = reference(hidden, weight, labels)
+    hidden.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "hidden")
+    loss = linear_cross_entropy(hidden, weight, labels)
+    assert abs(loss - want) <= 1e-12 * want
+    if frozen == "both":
+        assert not loss.requires_grad
+        return
+    loss.backward()
+    moving = 0 if frozen == "weight" else 1
+    torch.testing.assert_close((hidden, weight)[moving].grad, want_gradients[moving])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+@pytest.mark.fast
+def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "CHUNK_BYTES", 4 * VOCAB * 8)
+    hidden, weight, labels = make(torch.float32, tokens=400)
+    with LargestTensor() as largest:
+        linear_cross_entropy(hidden, weight, labels).backward()
+    assert largest.numel == max(8 * VOCAB, hidden.numel(), weight.numel())
+    assert largest.numel < 400 * VOCAB / 4
+
+
+@pytest.mark.fast
+def test_text01s_vocabulary_fits_a_chunk() -> None:
+    assert op.CHUNK_BYTES // (4 * 200_064) >= 128  # tokens at a time: enough for a matrix product
+
+
+@pytest.mark.fast
+def test_bad_shapes_are_named() -> None:
+    hidden, weight, labels = make(torch.float32)
+    with pytest.raises(ValueError, match=r"hidden must be \[tokens, hidden_size\]"):
+        linear_cross_entropy(hidden[None], weight, labels)
+    with pytest.raises(ValueError, match=r"got \(37, 12\) and \(36,\)"):
+        linear_cross_entropy(hidden, weight, labels[1:])

@@ -1,0 +1,139 @@
+"""Routing, the capacity limit and the expert products against loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fulmen.kernels.moe import Routing, drop_over_capacity, grouped_swiglu, route
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_route_is_the_softmax_of_the_largest_logits(k: int) -> None:
+    logits = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    routing = route(logits, k)
+    largest, experts = logits.topk(k)
+    assert torch.equal(routing.experts, experts)
+    torch.testing.assert_close(routing.weights, largest.softmax(-1), rtol=0, atol=1e-14)
+    torch.testing.assert_close(routing.probabilities, logits.softmax(-1), rtol=0, atol=1e-14)
+    weight = torch.randn(40, k, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (got,) = torch.autograd.grad((routing.weights * weight).sum(), logits)
+    (want,) = torch.autograd.grad((logits.topk(k)[0].softmax(-1) * weight).sum(), logits)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+
+
+@pytest.mark.fast
+def test_route_computes_in_fp32() -> None:
+    routing = route(torch.randn(6, 4).bfloat16(), 2)
+    assert routing.weights.dtype == routing.probabilities.dtype == torch.float32
+    torch.testing.assert_close(routing.weights.sum(1), torch.ones(6))
+
+
+def serve(experts: list[list[int]], num_experts: int, capacity: int) -> list[list[int]]:
+    """First choices in order of tokens, then second ones, as long as there are seats."""
+    seats = [capacity] * num_experts
+    kept = [list(row) for row in experts]
+    for choice in range(len(experts[0])):
+        for token in range(len(experts)):
+            expert = experts[token][choice]
+            if expert == num_experts:
+                continue
+            if seats[expert] == 0:
+                kept[token][choice] = num_experts
+            else:
+                seats[expert] -= 1
+    return kept
+
+
+@pytest.mark.fast
+@settings(deadline=None, max_examples=60, database=None)
+@given(data=st.data())
+def test_capacity_serves_first_choices_first(data: st.DataObject) -> None:
+    num_experts = data.draw(st.integers(2, 5))
+    k = data.draw(st.integers(1, 2))
+    rows = st.permutations(range(num_experts)).map(lambda order: list(order[:k]))
+    experts = data.draw(st.lists(rows, min_size=1, max_size=30))
+    # Padding: tokens which go to no expert and take no seat.
+    experts += [[num_experts] * k] * data.draw(st.integers(0, 3))
+    capacity = data.draw(st.integers(0, 8))
+    weights = torch.rand(len(experts), k)
+    routing = Routing(torch.tensor(experts), weights, torch.rand(len(experts), num_experts))
+    dropped = drop_over_capacity(routing, num_experts, capacity)
+    assert dropped.experts.tolist() == serve(experts, num_experts, capacity)
+    assert dropped.weights is weights
+    assert dropped.probabilities is routing.probabilities
+
+
+def loop(x: Tensor, counts: list[int], w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """Row by row."""
+    owners = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    rows = [
+        w2[e] @ (F.silu(w1[e] @ row) * (w3[e] @ row)) for e, row in zip(owners, x, strict=False)
+    ]
+    empty = [torch.zeros(w2.shape[1], dtype=x.dtype)] * (x.shape[0] - len(rows))
+    return torch.stack(rows + empty)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "counts", [[3, 4, 5], [0, 12, 0], [12, 0, 0], [0, 0, 12], [2, 0, 3], [0, 1, 0]]
+)
+def test_grouped_swiglu_equals_a_loop(counts: list[int]) -> None:
+    """Of 12 rows; those behind the last group give 0 and get no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(12, 4), (3, 7, 4), (3, 7, 4), (3, 4, 7)]
+    leaves = [
+        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes
+    ]
+    x, *weights = leaves
+    got = grouped_swiglu(x, torch.tensor(counts), *weights)
+    want = loop(x, counts, *weights)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    projection = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    mine = torch.autograd.grad((got * projection).sum(), leaves)
+    theirs = torch.autograd.grad((want * projection).sum(), leaves)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert (mine[0][sum(counts) :] == 0).all()
+
+
+@pytest.mark.fast
+def test_rows_behind_the_last_group_may_hold_anything() -> None:
+    x = torch.randn(6, 4)
+    x[4:] = float("nan")
+    w1, w3, w2 = torch.randn(2, 7, 4), torch.randn(2, 7, 4), torch.randn(2, 4, 7)
+    for weight in (w1, w3, w2):
+        weight.requires_grad_()
+    output = grouped_swiglu(x, torch.tensor([3, 1]), w1, w3, w2)
+    assert (output[4:] == 0).all()
+    output.sum().backward()
+    for weight in (w1, w3, w2):
+        assert weight.grad is not None
+        assert weight.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("counts", [[30, 40, 50], [0, 120, 0], [0, 0, 0], [20, 0, 30], [120, 0, 0]])
+def test_grouped_swiglu_on_a_gpu_equals_the_loop_of_the_cpu(counts: list[int]) -> None:
+    """bf16, grouped matrix products; poisoned rows behind the last group."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(120, 32), (3, 64, 32), (3, 64, 32), (3, 32, 64)]
+    low = [torch.randn(s, generator=generator).bfloat16() for s in shapes]
+    projection = torch.randn(120, 32, generator=generator).bfloat16()
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float64)):
+        leaves = [x.to(device, dtype) for x in low]
+        if device == "cuda":
+            leaves[0][sum(counts) :] = float("nan")
+        leaves = [x.requires_grad_() for x in leaves]
+        output = grouped_swiglu(leaves[0], torch.tensor(counts, device=device), *leaves[1:])
+        loss = (output * projection.to(device, dtype)).sum()
+        results.append([output, *torch.autograd.grad(loss, leaves)])
+    for name, got, want in zip(("y", "x", "w1", "w3", "w2"), *results, strict=True):
+        error = (got.cpu().double() - want).abs().max()
+        assert error <= 2e-2 * want.abs().max(), name

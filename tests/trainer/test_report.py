@@ -1,0 +1,179 @@
+"""The report of a run: one page that holds the run's figures and harms nobody who opens it."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fulmen.trainer.metrics import JsonlSink
+from fulmen.trainer.report import MAX_POINTS, head_facts, merge_rows, write_report
+
+
+def write_run(run_dir: Path, *, steps: int = 20, source: str = "stdlib", **changes: Any) -> None:
+    run_dir.mkdir(parents=True)
+    sink = JsonlSink(run_dir / "metrics.jsonl", resume_step=0)
+    for step in range(1, steps + 1):
+        row = {
+            "step": step,
+            "tokens": 1000 * step,
+            "loss": 8.0 - step / steps,
+            "grad_norm": 0.5,
+            "lr": 1e-3,
+            "step_time_s": 0.5,
+            "tokens_per_s": 2000.0,
+            "mfu": None,
+            "mfu_palm": None,
+            "drop_rate": 0.0,
+            "expert_imbalance": 1.25,
+            "memory_gib": 2.0,
+        }
+        sink.log_step({**row, **changes})
+    sink.log_eval(steps, 1000 * steps, {source: 7.125})
+    sink.close(failed=False)
+
+
+class Page(HTMLParser):
+    """The tags, attributes and texts of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_page_holds_curves_values_config_and_samples(tmp_path: Path) -> None:
+    run_dir = tmp_path / "text01_tiny" / "run-1"
+    write_run(run_dir, mfu=0.41)
+    (run_dir / "config.yaml").write_text("seed: 1234\n")
+    summary = {
+        "parameters": 3_456_789,
+        "unigram_loss": 7.5,
+        "active_parameters": 1_000_000,
+        "samples": ["def f():\n    return 1"],
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    page = Page(path.read_text())
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert labels == [
+        "Loss",
+        "Learning rate",
+        "Gradient norm, before clipping",
+        "Throughput, all devices",
+        "Model FLOPs utilisation",
+        "Expert imbalance, 1 is perfect",
+        "Dropped expert assignments",
+        "Peak memory of rank 0",
+    ]
+    text = "\n".join(page.texts)
+    for part in (
+        "text01_tiny/run-1",
+        "3,456,789 (3.5M)",
+        "20,000 (20.0k)",
+        "7.0000",
+        "7.1250",
+        "0:10",
+        "unigram model: 7.50",
+        "held out: stdlib",
+        "cross entropy, nats per label",
+        "tokens/s",
+        "GiB",
+        "Active parameters",
+        "1,000,000",
+        "seed: 1234",
+        "def f():\n    return 1",
+    ):
+        assert part in text, part
+
+
+def test_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    text = write_report(tmp_path / "run").read_text()
+    page = Page(text)
+    assert not {"script", "link", "iframe", "img", "image", "object"} & set(page.tags)
+    targets = [v for name, v in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert all(target and target.startswith("#") for target in targets)
+    assert "@import" not in text
+    assert all(part.startswith("#") for part in re.findall(r"url\(([^)]*)\)", text))
+
+
+def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
+    evil = '<script>alert("$x$")</script>'
+    run_dir = tmp_path / "run"
+    write_run(run_dir, source=evil)
+    (run_dir / "config.yaml").write_text(f"note: '{evil}'\n")
+    (run_dir / "summary.json").write_text(
+        json.dumps({evil: evil, "samples": [evil, "</pre>" + evil]})
+    )
+    text = write_report(run_dir).read_text()
+    assert "<script" not in text.lower()
+    page = Page(text)
+    assert evil in page.texts
+    assert f"held out: {evil}" in "".join(page.texts)
+    assert page.tags.count("pre") == 3
+
+
+def test_unknown_mfu_has_no_curve_and_nonfinite_losses_are_counted(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", loss=math.nan)
+    text = write_report(tmp_path / "run").read_text()
+    assert "Model FLOPs" not in text
+    assert "20, the first at step 1" in text
+    assert "Final training loss" not in text
+    assert 'aria-label="Loss"' in text
+
+
+@pytest.mark.fast
+def test_repeated_steps_count_once() -> None:
+    rows = [
+        {"step": 1, "tokens": 10, "loss": 5.0, "step_time_s": 2.0},
+        {"step": 3, "tokens": 30, "loss": 4.0, "step_time_s": 1.0},
+        {"step": 3, "tokens": 30, "eval_loss/a": 4.5},
+        {"step": 3, "tokens": 30, "loss": 3.0, "step_time_s": 3.0},
+    ]
+    merged = merge_rows(rows)
+    assert [row["step"] for row in merged] == [1, 3]
+    facts = head_facts(merged, {})
+    assert facts["Final training loss"] == "3.0000"
+    assert facts["Final evaluation loss, a"] == "4.5000"
+    assert facts["Time in training steps"] == "0:08"
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", steps=10 * MAX_POINTS)
+    assert write_report(tmp_path / "run").stat().st_size < 600_000
+
+
+@pytest.mark.fast
+def test_run_without_rows_and_folder_without_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: not found"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "No step has been logged yet" in write_report(tmp_path).read_text()
+    (tmp_path / "summary.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"summary\.json: must hold one JSON object"):
+        write_report(tmp_path)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    command = [sys.executable, "-m", "fulmen.trainer.report"]
+    done = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "run" / "report.html")
+    failed = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: ")

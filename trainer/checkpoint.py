@@ -1,0 +1,182 @@
+"""Sharded checkpoints: asynchronous, atomic, verified, loadable on any mesh.
+
+A checkpoint is a folder of torch's distributed checkpoint (DCP) with logical tensors by name
+(`model.*`, `exp_avg.*`, `exp_avg_sq.*`, all fp32), the trainer's state and configuration as text,
+and a manifest with a checksum of every file. It is written under a temporary name and renamed when
+whole; `latest` then points to it.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from fulmen.trainer.run_log import log
+from fulmen.trainer.manifest import CheckpointError, describe, verify, write_manifest
+
+STATE_FILE = "trainer_state.json"
+CONFIG_FILE = "config.yaml"
+LATEST = "latest"
+
+
+class Checkpointer:
+    """Writes and finds the checkpoints of one run; every method is called by all ranks."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+        # Collectives of the writing thread must not mix with those of training.
+        self._group = dist.new_group(backend="gloo")
+        self._rank = dist.get_rank(self._group)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=torch.cuda.is_available(),
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+        )
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: str
+    ) -> None:
+        """Copy the tensors and write them in the background; waits for the save before it."""
+        self.wait()
+        staged = self._stager.stage(dict(tensors))
+        assert isinstance(staged, dict)
+        self._pending = self._thread.submit(self._write, step, staged, dict(state), config)
+
+    def wait(self) -> None:
+        """Wait for the save under way, and raise what it raised."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Finish the save under way and stop the writing thread."""
+        self.wait()
+        self._thread.shutdown()
+        self._stager.close()
+
+    def find_newest(self) -> Path | None:
+        """The newest whole checkpoint; broken ones are named in the log and passed over."""
+        for path in _newest_first(self._broadcast(self._listing())):
+            reason = self.find_fault(path)
+            if reason is None:
+                return path
+            log.warning("%s; trying the checkpoint before it", reason)
+        return None
+
+    def find_fault(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, or None; the ranks share the work and agree."""
+        reason = None
+        try:
+            verify(path, part=self._rank, parts=dist.get_world_size(self._group))
+        except (CheckpointError, OSError) as error:
+            reason = str(error)
+        reasons: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(reasons, reason, group=self._group)
+        return next((r for r in reasons if r is not None), None)
+
+    def load(self, path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
+        """Fill `tensors` in place from a checkpoint that was found whole.
+
+        Returns the trainer's state (empty for imported weights) and the names that the checkpoint
+        does not have. A `model.*` tensor that is missing or has another shape is an error.
+        """
+        reader = dcp.FileSystemReader(path)
+        stored = reader.read_metadata().state_dict_metadata
+        absent = [name for name in tensors if name not in stored]
+        for name, tensor in tensors.items():
+            if name in absent and name.startswith("model."):
+                raise CheckpointError(f"{path} has no {name}: it is of another model")
+            size = getattr(stored.get(name), "size", tensor.shape)
+            if size != tensor.shape:
+                raise CheckpointError(
+                    f"{path}: {name} has shape {tuple(size)}, this model's is {tuple(tensor.shape)}"
+                )
+        wanted = {name: tensor for name, tensor in tensors.items() if name not in absent}
+        dcp.load(wanted, storage_reader=reader, process_group=self._group)
+        file = path / STATE_FILE
+        return (json.loads(file.read_text()) if file.exists() else {}), absent
+
+    def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any], config: str) -> None:
+        final = self.folder / f"step_{step}"
+        temporary = self.folder / f".step_{step}.writing"
+        if self._rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while writing
+            temporary.mkdir(parents=True)
+            (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
+            (temporary / CONFIG_FILE).write_text(config)
+        dist.barrier(group=self._group)
+        writer = dcp.FileSystemWriter(temporary, thread_count=1)
+        dcp.save(tensors, storage_writer=writer, process_group=self._group)
+        mine = [file.name for file in temporary.glob(f"__{self._rank}_*")]
+        if self._rank == 0:
+            mine += [".metadata", STATE_FILE, CONFIG_FILE]
+        described = {name: describe(temporary, name) for name in mine}
+        everyones: list[dict[str, Any]] = [{}] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyones, described, group=self._group)
+        if self._rank == 0:
+            files = {name: entry for part in everyones for name, entry in part.items()}
+            write_manifest(temporary, files)
+            _set_aside(final)
+            temporary.rename(final)
+            _point_latest(self.folder / LATEST, final.name)
+            self._delete_old()
+        dist.barrier(group=self._group)
+
+    def _delete_old(self) -> None:
+        for path in _newest_first(self._listing())[self._keep :]:
+            doomed = path.with_name(f".{path.name}.deleting")
+            path.rename(doomed)  # so that a half-deleted folder is never taken for a checkpoint
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _listing(self) -> list[Path]:
+        return list(self.folder.glob("step_*")) if self._rank == 0 else []
+
+    def _broadcast(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint folder's name gives, or None for another folder."""
+    match = re.fullmatch(r"step_(\d+)", path.name)
+    return int(match.group(1)) if match else None
+
+
+def _newest_first(paths: list[Path]) -> list[Path]:
+    steps = {path: step_of(path) for path in paths}
+    numbered = {path: step for path, step in steps.items() if step is not None}
+    return sorted(numbered, key=numbered.__getitem__, reverse=True)
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a folder that is in the way: it may be a broken checkpoint somebody wants to see."""
+    number = 0
+    while path.exists():
+        target = path.with_name(f"{path.name}.replaced-{number}")
+        number += 1
+        if not target.exists():
+            path.rename(target)
+
+
+def _point_latest(link: Path, target: str) -> None:
+    temporary = link.with_name(f".{link.name}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)

@@ -1,0 +1,225 @@
+"""The run configuration: a dataclass a Hydra group, and the checks that span groups."""
+
+import difflib
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from fulmen.data.config import DataConfig
+from fulmen.models.config import ModelConfig, MoEConfig, check_model
+from fulmen.parallel.config import ParallelConfig, check_parallel
+from fulmen.trainer.metrics import LogConfig
+
+
+@dataclass
+class OptimConfig:
+    """The `optim` group: AdamW and gradient clipping."""
+
+    name: str = "adamw"
+    """adamw (torch, fused) or apex_fused_adam (NVIDIA apex, when it is installed)."""
+    lr: float = MISSING
+    """Peak learning rate; the schedule multiplies it."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1.0e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms have none."""
+    grad_clip: float | None = 1.0
+    """Largest norm of the whole gradient; null = no clipping."""
+
+
+@dataclass
+class PhaseConfig:
+    """One phase of the learning rate, which begins where the one before it ends."""
+
+    tokens: int = MISSING
+    """Length of the phase."""
+    lr_factor: float = MISSING
+    """Learning rate over optim.lr: throughout, or at the end of a decay."""
+    decay: str = "constant"
+    """constant, or exponential: from the phase before it down to lr_factor."""
+
+
+@dataclass
+class RampConfig:
+    """One step of the batch-size ramp."""
+
+    from_tokens: int = MISSING
+    """Trained tokens from which on it holds."""
+    global_batch_tokens: int = MISSING
+    """Tokens of one optimiser step."""
+
+
+@dataclass
+class ScheduleConfig:
+    """The `schedule` group: learning rate and batch size over the run."""
+
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Phases of the learning rate by tokens; the run ends with the last."""
+    batch_ramp: list[RampConfig] = field(default_factory=list)
+    """Batch sizes that follow data.global_batch_tokens."""
+
+
+@dataclass
+class TrainerConfig:
+    """The `trainer` group: how long, in what pieces, and in which precision."""
+
+    max_steps: int | None = None
+    """Optimiser steps; null = until max_tokens."""
+    max_tokens: int | None = None
+    """Trained tokens, without padding; null = the sum of schedule.phases."""
+    micro_batch_tokens: int = MISSING
+    """Tokens of one forward and backward pass on one rank, padding included."""
+    dtype: str = "bfloat16"
+    """Of the forward and backward pass: bfloat16 or float32. Weights and sums are fp32."""
+    activation_checkpointing: str = "none"
+    """none, or full: keep only each block's input and compute the block again backward."""
+    compile: bool = False
+    """torch.compile each block."""
+
+
+@dataclass
+class CheckpointConfig:
+    """The `checkpoint` group."""
+
+    every_steps: int | None = None
+    """Steps between checkpoints; null = only at the end."""
+    keep: int = 3
+    """Newest checkpoints to keep; older ones are deleted."""
+    resume: str = "auto"
+    """auto (the newest whole one of this run, if any), never, or a checkpoint folder."""
+
+
+@dataclass
+class EvaluationConfig:
+    """The `evaluation` group: loss on held-out documents of each source."""
+
+    every_steps: int | None = None
+    """Steps between evaluations; null = never. The end of a run evaluates too."""
+    max_tokens: int = 1_000_000
+    """Held-out tokens per source and evaluation."""
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run."""
+
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+    run_root: str = "runs"
+    """Folder of all runs; this one's is run_root/recipe/run_id."""
+    run_id: str | None = None
+    """Name of the run; null = the SLURM job's id, or the date and time."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `run_schema`."""
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+def to_run_config(config: Any) -> RunConfig:
+    """A composed Hydra config as dataclasses; `ValueError` naming a key that was left out."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}: set it in the recipe or on the command line")
+    run = OmegaConf.to_object(config)
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def check_config(config: RunConfig, world_size: int) -> None:
+    """Raise `ValueError`, naming the keys, for whatever can be told to fail before anything runs."""
+    check_model(config.model, config.moe)
+    check_parallel(config.parallel, world_size)
+    _check_choice("optim.name", config.optim.name, ["adamw", "apex_fused_adam"])
+    _check_choice("trainer.dtype", config.trainer.dtype, ["bfloat16", "float32"])
+    checkpointing = config.trainer.activation_checkpointing
+    _check_choice("trainer.activation_checkpointing", checkpointing, ["none", "full"])
+    for phase in config.schedule.phases:
+        _check_choice("schedule.phases[].decay", phase.decay, ["constant", "exponential"])
+    if not config.schedule.phases:
+        raise ValueError("schedule.phases is empty: give at least one phase with tokens and lr_factor")
+    if config.schedule.phases[0].decay != "constant":
+        raise ValueError("schedule.phases[0].decay: the first phase has nothing to decay from")
+    if any(phase.tokens < 1 or phase.lr_factor <= 0 for phase in config.schedule.phases):
+        raise ValueError("schedule.phases: tokens and lr_factor of each phase must be positive")
+    starts = [step.from_tokens for step in config.schedule.batch_ramp]
+    if starts != sorted(set(starts)) or any(start <= 0 for start in starts):
+        raise ValueError("schedule.batch_ramp: from_tokens must be positive and rise from step to step")
+    if config.checkpoint.keep < 1:
+        raise ValueError(f"checkpoint.keep={config.checkpoint.keep}: must be at least 1")
+    if not config.data.sources:
+        raise ValueError("data.sources is empty: name at least one prepared source and its path")
+    _check_batches(config, world_size)
+
+
+def _check_choice(key: str, value: str, choices: list[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}={value}: must be one of {', '.join(choices)}")
+
+
+def _check_batches(config: RunConfig, world_size: int) -> None:
+    seq_len, micro = config.data.seq_len, config.trainer.micro_batch_tokens
+    if seq_len < 1 or micro < 1 or micro % seq_len:
+        raise ValueError(
+            f"trainer.micro_batch_tokens={micro} is not a multiple of data.seq_len={seq_len}"
+        )
+    sizes = [("data.global_batch_tokens", config.data.global_batch_tokens)]
+    for step in config.schedule.batch_ramp:
+        sizes.append(("schedule.batch_ramp[].global_batch_tokens", step.global_batch_tokens))
+    for key, size in sizes:
+        if size < 1 or size % (micro * world_size):
+            raise ValueError(
+                f"{key}={size} is not a multiple of trainer.micro_batch_tokens={micro} times "
+                f"{world_size} data-parallel rank(s) = {micro * world_size}: change one of them, "
+                "or the number of processes"
+            )
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise `ValueError` if `folder` cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"run folder {folder} cannot be written ({error.strerror}): set run_root to a folder "
+            "where you may write"
+        ) from None
+
+
+def nearest_keys(unknown: str) -> list[str]:
+    """Known keys that look like `unknown`, best first."""
+    return difflib.get_close_matches(unknown, _all_keys(RunConfig), n=3, cutoff=0.6)
+
+
+def _all_keys(schema: type, prefix: str = "") -> list[str]:
+    keys = []
+    hints = get_type_hints(schema)
+    for item in fields(schema):  # type: ignore[arg-type]
+        keys.append(prefix + item.name)
+        for kind in (hints[item.name], *get_args(hints[item.name])):
+            if isinstance(kind, type) and is_dataclass(kind):
+                keys.extend(_all_keys(kind, f"{prefix}{item.name}."))
+    return keys

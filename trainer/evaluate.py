@@ -1,0 +1,49 @@
+"""Loss on held-out documents, by source, and the unigram model that it is held against."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from fulmen.data.config import SourceConfig
+from fulmen.data.loader import evaluation_batches
+from fulmen.kernels.cross_entropy.op import IGNORE_INDEX
+from fulmen.models.text import LossOutput, TextModel
+from fulmen.parallel.mesh import Mesh
+
+
+@torch.no_grad()
+def evaluate(
+    model: TextModel,
+    sources: Mapping[str, SourceConfig],
+    mesh: Mesh,
+    *,
+    seq_len: int,
+    micro_batch_tokens: int,
+    max_tokens: int,
+) -> dict[str, float]:
+    """Cross entropy per label in nats on each source's validation split; all ranks call it."""
+    losses = {}
+    for name, source in sources.items():
+        sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)  # loss, labels
+        for batch in evaluation_batches(
+            source,
+            seq_len=seq_len,
+            micro_batch_tokens=micro_batch_tokens,
+            vocab_size=model.config.vocab_size,
+            max_tokens=max_tokens,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+        ):
+            output = model(
+                batch.input_ids.to(mesh.device),
+                labels=batch.labels.to(mesh.device),
+                cu_seqlens=batch.cu_seqlens.to(mesh.device),
+                num_tokens=batch.num_tokens,
+            )
+            assert isinstance(output, LossOutput)
+            sums[0] += output.loss_sum.double()
+            sums[1] += (batch.labels != IGNORE_INDEX).sum()
+        dist.all_reduce(sums)
+        losses[name] = (sums[0] / sums[1]).item()
+    return losses

@@ -1,0 +1,142 @@
+"""Floating-point operations that the model must do, and the peak they are held against.
+
+Conventions, for one forward pass (a multiply and an add are two operations; backward counts twice
+the forward; nothing that is computed again, dropped or padding counts):
+
+- a matrix of n parameters costs 2 n per token; embedding look-ups, norms and activations nothing;
+- softmax attention of a document of L tokens: 4 * heads * head_dim * L^2 / 2 (causal: half);
+- lightning attention by its recurrence: per token and head, 2 head_dim^2 for `k v^T` added to the
+  state and 2 head_dim^2 for `q S`; the decay is not counted;
+- an expert's matrices per assignment that was carried out.
+
+PaLM's convention (arXiv:2204.02311, appendix B) is 6 N + 12 * layers * heads * head_dim * seq_len
+per token, attention counted in full; here N is the parameters that one token uses, with the head
+and without the embedding, and `layers` counts the softmax layers.
+"""
+
+import time
+
+import torch
+
+from fulmen.models.config import ModelConfig
+
+# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets; first match wins.
+_PEAKS = [
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("H800", 989e12),
+    ("H20", 148e12),  # behind H200, whose name contains it
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+]
+
+
+def forward_flops(
+    config: ModelConfig, *, num_tokens: int, sum_squared_lengths: int, num_assignments: int
+) -> dict[str, float]:
+    """Forward operations by part of the model.
+
+    Args:
+        num_tokens: real tokens.
+        sum_squared_lengths: sum of the squared document lengths.
+        num_assignments: (token, expert) pairs carried out, over all layers.
+    """
+    inner = config.num_attention_heads * config.head_dim
+    kv_inner = config.num_key_value_heads * config.head_dim
+    softmax_layers = config.num_softmax_layers
+    lightning_layers = config.num_layers - softmax_layers
+    hidden = config.hidden_size
+    return {
+        "softmax_projections": softmax_layers * num_tokens * 2 * hidden * (2 * inner + 2 * kv_inner),
+        "softmax_core": softmax_layers * 4 * inner * sum_squared_lengths / 2,
+        "lightning_projections": lightning_layers * num_tokens * 2 * hidden * 5 * inner,
+        "lightning_core": lightning_layers * num_tokens * 4 * inner * config.head_dim,
+        "router": config.num_layers * num_tokens * 2 * hidden * config.num_experts,
+        "experts": num_assignments * 6 * hidden * config.expert_hidden_size,
+        "head": num_tokens * 2 * hidden * config.vocab_size,
+    }
+
+
+def training_flops(
+    config: ModelConfig, *, num_tokens: int, sum_squared_lengths: int, num_assignments: int
+) -> float:
+    """Operations of forward and backward together: three times the forward."""
+    parts = forward_flops(
+        config,
+        num_tokens=num_tokens,
+        sum_squared_lengths=sum_squared_lengths,
+        num_assignments=num_assignments,
+    )
+    return 3 * sum(parts.values())
+
+
+def palm_training_flops(config: ModelConfig, *, num_tokens: int, seq_len: int) -> float:
+    """Operations by PaLM's convention."""
+    matrices = forward_flops(
+        config,
+        num_tokens=1,
+        sum_squared_lengths=0,
+        num_assignments=config.num_layers * config.num_experts_per_token,
+    )
+    del matrices["lightning_core"]
+    inner = config.num_attention_heads * config.head_dim
+    attention = 12 * config.num_softmax_layers * inner * seq_len
+    return num_tokens * (3 * sum(matrices.values()) + attention)
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of the device in `dtype`, or None where it is not known."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS if part in name), None)
+
+
+class Throughput:
+    """Speed since the last reading. Evaluation and saving are left out by `restart`."""
+
+    def __init__(
+        self, config: ModelConfig, *, seq_len: int, world_size: int, peak: float | None
+    ) -> None:
+        """`peak` is one device's FLOP/s, or None to leave the utilisation out."""
+        self._config = config
+        self._seq_len = seq_len
+        self._world_size = world_size
+        self._peak = peak
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now."""
+        self._started = time.perf_counter()
+        self._steps = self._tokens = self._sum_squared_lengths = 0
+
+    def add_step(self, *, num_tokens: int, sum_squared_lengths: int) -> None:
+        """Count one optimiser step, all ranks together."""
+        self._steps += 1
+        self._tokens += num_tokens
+        self._sum_squared_lengths += sum_squared_lengths
+
+    def read(self, *, drop_rate: float) -> dict[str, float | None]:
+        """The interval's speed; expert work is credited less `drop_rate`. Begins a new interval."""
+        elapsed = time.perf_counter() - self._started
+        asked = self._tokens * self._config.num_experts_per_token * self._config.num_layers
+        flops = training_flops(
+            self._config,
+            num_tokens=self._tokens,
+            sum_squared_lengths=self._sum_squared_lengths,
+            num_assignments=round(asked * (1 - drop_rate)),
+        )
+        palm = palm_training_flops(self._config, num_tokens=self._tokens, seq_len=self._seq_len)
+        per_device = elapsed * self._world_size
+        row = {
+            "step_time_s": elapsed / self._steps,
+            "tokens_per_s": self._tokens / elapsed,
+            "tflops_per_device": flops / per_device / 1e12,
+            "mfu": flops / per_device / self._peak if self._peak else None,
+            "mfu_palm": palm / per_device / self._peak if self._peak else None,
+        }
+        self.restart()
+        return row

@@ -1,0 +1,271 @@
+"""The training loop. Read `Trainer.fit`, then `Trainer.train_step`, then `models/text.py`."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from fulmen.data.loader import PackedLoader, StepBatch
+from fulmen.data.packing import PackedBatch
+from fulmen.models.text import (
+    LossOutput,
+    TextModel,
+    count_active_parameters,
+    count_parameters,
+)
+from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.plan import parallelize
+from fulmen.trainer.checkpoint import Checkpointer, CheckpointError
+from fulmen.trainer.config import RunConfig
+from fulmen.trainer.evaluate import evaluate
+from fulmen.trainer.flops import Throughput, device_peak
+from fulmen.trainer.metrics import MetricsLogger, NullMetrics
+from fulmen.trainer.optim import Optimizer
+from fulmen.trainer.run_folder import DONE, update_summary
+from fulmen.trainer.run_log import log
+from fulmen.trainer.schedule import batch_tokens, learning_rate, total_tokens
+from fulmen.trainer.step_stats import StepStats
+
+
+class Trainer:
+    """One run on one rank: model, data, optimiser and bookkeeping."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, run_dir: Path) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.run_dir = run_dir
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.trainer.dtype]
+        self.step = 0
+        self.tokens = 0
+        with torch.device("meta"):
+            self.model = TextModel(config.model, config.moe)
+        self.engine = parallelize(
+            self.model,
+            mesh,
+            config.parallel,
+            dtype=dtype,
+            activation_checkpointing=config.trainer.activation_checkpointing,
+            compile_blocks=config.trainer.compile,
+            seed=config.seed,
+        )
+        self.optimizer = Optimizer(self.engine, config.optim)
+        self.checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
+        self.loader = self._open_loader(self._resume())
+        self._throughput = Throughput(
+            config.model,
+            seq_len=config.data.seq_len,
+            world_size=mesh.world_size,
+            peak=device_peak(mesh.device, dtype),
+        )
+
+    def fit(self) -> None:
+        """Train to the end of the schedule, evaluating, logging and saving on the way."""
+        config = self.config
+        if self.finished:
+            log.info("nothing to do: %d steps, %d tokens are trained", self.step, self.tokens)
+            return
+        with self._open_metrics() as metrics:
+            self._throughput.restart()
+            while not self.finished:
+                started = time.perf_counter()
+                batch = next(self.loader)
+                data_wait_s = time.perf_counter() - started
+                stats, grad_norm, lr = self.train_step(batch)
+                self.step += 1
+                self.tokens += batch.num_tokens
+                self._throughput.add_step(
+                    num_tokens=batch.num_tokens, sum_squared_lengths=batch.sum_squared_lengths
+                )
+                if self._is_due(config.log.every_steps):
+                    row = self._row(batch, stats, grad_norm) | {"lr": lr, "data_wait_s": data_wait_s}
+                    metrics.log_step(row)
+                if self._is_due(config.evaluation.every_steps) or self.finished:
+                    metrics.log_eval(self.step, self.tokens, self._evaluate())
+                    self._throughput.restart()
+                if self._is_due(config.checkpoint.every_steps) or self.finished:
+                    self.save(batch.state, grad_norm)
+                    self._throughput.restart()
+            self.checkpointer.wait()
+        if self.mesh.rank == 0:
+            (self.run_dir / DONE).touch()
+
+    def train_step(self, batch: StepBatch) -> tuple[StepStats, torch.Tensor, float]:
+        """One optimiser step; returns device-side statistics, gradient norm and learning rate."""
+        config = self.config
+        stats = StepStats(config.model.num_layers, config.model.num_experts, self.mesh.device)
+        num_micro_batches = len(batch.micro_batches) * self.mesh.dp
+        for index, micro_batch in enumerate(batch.micro_batches):
+            self.engine.begin_micro_batch(is_last=index == len(batch.micro_batches) - 1)
+            output = self._forward(micro_batch)
+            # Global counts, because gradients are summed over ranks: see parallel/zero.py.
+            loss = output.loss_sum / batch.num_labels
+            aux_loss = config.moe.aux_loss_coef * output.aux_loss / num_micro_batches
+            (loss + aux_loss).backward()
+            stats.add(output)
+        grad_norm = self.engine.clip_grad_norm(config.optim.grad_clip)
+        lr = learning_rate(
+            config.optim.lr, config.schedule, step=self.step, tokens=self.tokens
+        )
+        self.optimizer.step(lr)
+        return stats, grad_norm, lr
+
+    @property
+    def finished(self) -> bool:
+        """Whether the step or token limit is reached."""
+        max_steps = self.config.trainer.max_steps
+        return self.tokens >= total_tokens(self.config) or (
+            max_steps is not None and self.step >= max_steps
+        )
+
+    def save(self, loader_state: dict[str, Any], grad_norm: torch.Tensor) -> None:
+        """Start writing a checkpoint of this step; refuses a broken state."""
+        self._check_finite(grad_norm)
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "optimizer_steps": self.optimizer.steps,
+            "loader": loader_state,
+        }
+        config = OmegaConf.to_yaml(OmegaConf.structured(self.config))
+        self.checkpointer.save(self.step, self._tensors(), state, config)
+
+    def close(self) -> None:
+        """Stop the loader's and the checkpointer's threads."""
+        self.loader.close()
+        self.checkpointer.close()
+
+    def _forward(self, batch: PackedBatch) -> LossOutput:
+        device = self.mesh.device
+        output = self.model(
+            batch.input_ids.to(device, non_blocking=True),
+            labels=batch.labels.to(device, non_blocking=True),
+            cu_seqlens=batch.cu_seqlens.to(device, non_blocking=True),
+            num_tokens=batch.num_tokens,
+        )
+        assert isinstance(output, LossOutput)
+        return output
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {
+            f"model.{name}": parameter.detach() for name, parameter in self.engine.named_parameters()
+        }
+        tensors |= self.optimizer.named_moments()
+        tensors[f"rng.{self.mesh.rank}"] = torch.get_rng_state()
+        return tensors
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Load the checkpoint that `checkpoint.resume` names; returns the loader's state."""
+        resume = self.config.checkpoint.resume
+        path: Path | None
+        if resume in ("auto", "never"):
+            path = self.checkpointer.find_newest()
+            if path is not None and resume == "never":
+                raise ValueError(
+                    f"checkpoint.resume=never, but this run already has {path}: choose another "
+                    "run_id, so that nothing is overwritten"
+                )
+        else:
+            path = Path(resume)
+            fault = self.checkpointer.find_fault(path)
+            if fault is not None:
+                raise CheckpointError(f"checkpoint.resume={resume}: {fault}")
+        if path is None:
+            return None
+        tensors = self._tensors()
+        state, absent = self.checkpointer.load(path, tensors)
+        if not state:
+            log.info("starting at step 0 from the weights of %s", path)
+            return None
+        lost = [name for name in absent if not name.startswith("rng.")]
+        if lost:
+            raise CheckpointError(f"{path} lacks {len(lost)} tensors, the first is {lost[0]}")
+        torch.set_rng_state(tensors[f"rng.{self.mesh.rank}"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.optimizer.set_steps(state["optimizer_steps"])
+        log.info("resumed at step %d, %d tokens, from %s", self.step, self.tokens, path)
+        return state["loader"]
+
+    def _open_loader(self, state: dict[str, Any] | None) -> PackedLoader:
+        config = self.config
+        return PackedLoader(
+            config.data.sources,
+            seq_len=config.data.seq_len,
+            micro_batch_tokens=config.trainer.micro_batch_tokens,
+            batch_tokens=lambda tokens: batch_tokens(config, tokens),
+            seed=config.seed,
+            vocab_size=config.model.vocab_size,
+            dp_rank=self.mesh.dp_rank,
+            dp_size=self.mesh.dp,
+            prefetch_steps=config.data.prefetch_steps,
+            state=state,
+        )
+
+    def _open_metrics(self) -> MetricsLogger | NullMetrics:
+        if self.mesh.rank != 0:
+            return NullMetrics()
+        run_config = OmegaConf.to_container(OmegaConf.structured(self.config))
+        assert isinstance(run_config, dict)
+        update_summary(
+            self.run_dir,
+            {
+                "parameters": count_parameters(self.model),
+                "active_parameters": count_active_parameters(self.model),
+            },
+        )
+        return MetricsLogger(
+            self.run_dir,
+            self.config.log,
+            run_name=f"{self.run_dir.parent.name}-{self.run_dir.name}",
+            run_config={str(key): value for key, value in run_config.items()},
+            resume_step=self.step,
+            total_tokens=total_tokens(self.config),
+            total_steps=self.config.trainer.max_steps,
+        )
+
+    def _is_due(self, every_steps: int | None) -> bool:
+        return every_steps is not None and self.step % every_steps == 0
+
+    def _row(self, batch: StepBatch, stats: StepStats, grad_norm: torch.Tensor) -> dict[str, Any]:
+        self._check_finite(grad_norm)
+        reduced = stats.reduce()  # waits for the device, so the time read below is that of the work
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": reduced.loss_sum / batch.num_labels,
+            "aux_loss": reduced.aux_loss_sum / (len(batch.micro_batches) * self.mesh.dp),
+            "grad_norm": grad_norm.item(),
+            "drop_rate": reduced.drop_rate,
+            "expert_imbalance": reduced.expert_imbalance,
+            "memory_gib": self._memory_gib(),
+            "batch_digest": batch.digest,
+            **self._throughput.read(drop_rate=reduced.drop_rate),
+        }
+
+    def _check_finite(self, grad_norm: torch.Tensor) -> None:
+        # The optimiser has already put it into every weight; what was saved before is still good.
+        if not torch.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient norm of step {self.step} is {grad_norm.item()}: the run stops, and "
+                "the last checkpoint is from before it"
+            )
+
+    def _memory_gib(self) -> float:
+        if self.mesh.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.mesh.device)
+            torch.cuda.reset_peak_memory_stats(self.mesh.device)
+            return peak / 2**30
+        # Peak resident set of this process; Linux counts it in KiB.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def _evaluate(self) -> dict[str, float]:
+        return evaluate(
+            self.model,
+            self.config.data.sources,
+            self.mesh,
+            seq_len=self.config.data.seq_len,
+            micro_batch_tokens=self.config.trainer.micro_batch_tokens,
+            max_tokens=self.config.evaluation.max_tokens,
+        )

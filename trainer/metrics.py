@@ -1,0 +1,441 @@
+"""Metrics of a run: metrics.jsonl, which is the truth, and wandb, TensorBoard, console beside it.
+
+Only rank 0 makes a `MetricsLogger`. Whatever goes wrong in a sink other than metrics.jsonl is
+warned about once, and the run goes on without that sink. What each metric means: docs/metrics.md.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from fulmen.trainer.console import Row, Value, console_sink
+
+WANDB_CHOICES = ("online", "offline", "off")
+EVAL_PREFIX = "eval_loss/"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LogConfig:
+    """What is logged, how often and to where."""
+
+    every_steps: int = 1
+    """Steps from one logged row to the next; the trainer makes no row in between."""
+    wandb: str = "off"
+    """Weights & Biases: online, offline (files under the run's folder, for `wandb sync`) or off."""
+    wandb_project: str = "fulmen"
+    """The wandb project that the run belongs to."""
+    tensorboard: bool = False
+    """Write TensorBoard event files to the run's folder `tensorboard/`."""
+
+    def __post_init__(self) -> None:
+        check_log_config(self)
+
+
+def check_log_config(config: LogConfig) -> None:
+    """Raise a ValueError that names the key if a value of the `log` group makes no sense."""
+    if config.wandb not in WANDB_CHOICES:
+        hint = ""
+        if str(config.wandb) == "False":
+            hint = ' (YAML reads a bare off as false: write wandb: "off")'
+        raise ValueError(
+            f"log.wandb={config.wandb!r}: choose one of {', '.join(WANDB_CHOICES)}{hint}"
+        )
+    if config.every_steps < 1:
+        raise ValueError(f"log.every_steps={config.every_steps}: must be 1 or more")
+
+
+class Sink(Protocol):
+    """Where rows go."""
+
+    def log_step(self, row: Row) -> None:
+        """Take the row of a training step."""
+
+    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+        """Take the losses of an evaluation, by source."""
+
+    def close(self, *, failed: bool) -> None:
+        """Write out what is still held; `failed` says that the run ends by an exception."""
+
+
+class MetricsLogger:
+    """Hands the rows of a run to all its sinks.
+
+    run_dir exists. run_name is the run's name on wandb, the same after a requeue. resume_step is
+    the step that the run goes on from, 0 for a new one. The totals, where known, give the time
+    left; the run ends at the one that is reached first.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LogConfig,
+        *,
+        run_name: str,
+        run_config: dict[str, Any],
+        resume_step: int,
+        total_tokens: int | None,
+        total_steps: int | None,
+    ) -> None:
+        check_log_config(config)
+        self._jsonl = JsonlSink(run_dir / "metrics.jsonl", resume_step=resume_step)
+        self._others: list[Sink] = [console_sink(total_tokens, total_steps)]
+        if config.wandb != "off":
+            self._others.append(
+                WandbSink(run_dir, config, run_name=run_name, run_config=run_config)
+            )
+        if config.tensorboard:
+            try:
+                self._others.append(TensorboardSink(run_dir, resume_step=resume_step))
+            except ImportError as error:
+                logger.warning(
+                    "log.tensorboard=true, but TensorBoard cannot be imported (%s): "
+                    "pip install tensorboard. The run goes on without it.",
+                    error,
+                )
+            except Exception as error:
+                _warn_lost("TensorboardSink", error)
+
+    def log_step(self, row: Row) -> None:
+        """Log a training step; `row` holds at least `step` and `tokens`."""
+        self._jsonl.log_step(row)
+        self._to_others(lambda sink: sink.log_step(row))
+
+    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+        """Log an evaluation after `step`: the loss of each source, in nats per label."""
+        self._jsonl.log_eval(step, tokens, losses)
+        self._to_others(lambda sink: sink.log_eval(step, tokens, losses))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close every sink; may be called again."""
+        self._jsonl.close(failed=failed)
+        self._to_others(lambda sink: sink.close(failed=failed))
+        self._others = []
+
+    def _to_others(self, action: Callable[[Sink], None]) -> None:
+        for sink in list(self._others):
+            try:
+                action(sink)
+            except Exception as error:
+                self._others.remove(sink)
+                _warn_lost(type(sink).__name__, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(failed=kind is not None)
+
+
+class NullMetrics:
+    """What the ranks other than 0 log to: nothing."""
+
+    def log_step(self, row: Row) -> None:
+        """Drop a row."""
+
+    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+        """Drop an evaluation."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def _warn_lost(name: str, error: BaseException) -> None:
+    logger.warning(
+        "%s failed (%s: %s) and gets no more rows; metrics.jsonl has them all.",
+        name,
+        type(error).__name__,
+        error,
+    )
+
+
+class JsonlSink:
+    """A JSON object a line, flushed at once, so that a killed run loses nothing it has logged."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        drop_redone_rows(path, resume_step=resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log_step(self, row: Row) -> None:
+        self._file.write(encode_row(row) + "\n")
+        self._file.flush()
+
+    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+        named = {f"{EVAL_PREFIX}{source}": loss for source, loss in losses.items()}
+        self.log_step({"step": step, "tokens": tokens, **named})
+
+    def close(self, *, failed: bool) -> None:
+        self._file.close()
+
+
+def encode_row(row: Row) -> str:
+    """`row` as valid JSON: NaN and infinities become null, and `nonfinite` says which was what."""
+    assert "nonfinite" not in row
+    nonfinite = {
+        key: str(float(value))
+        for key, value in row.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    clean: dict[str, Any] = {k: None if k in nonfinite else v for k, v in row.items()}
+    if nonfinite:
+        clean["nonfinite"] = nonfinite
+    return json.dumps(clean, allow_nan=False)
+
+
+def _decode_line(line: bytes) -> dict[str, Any] | None:
+    """The row of a line, or None where the line is torn or no row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl in their order, NaN and infinities as floats again.
+
+    A torn last line (a run that writes, or was killed) is left out; any other line that is no
+    row is left out with a warning that names it.
+    """
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        row = _decode_line(line)
+        if row is None:
+            if number < len(lines):
+                logger.warning("%s line %d is no row of metrics; left out", path, number)
+            continue
+        row.update({key: float(text) for key, text in row.pop("nonfinite", {}).items()})
+        rows.append(row)
+    return rows
+
+
+def drop_redone_rows(path: Path, *, resume_step: int) -> None:
+    """Take the rows after `resume_step` out of a metrics.jsonl: the run does that work again.
+
+    With resume_step 0 every row goes, that of an evaluation before the first step included. A
+    line that is no row goes too. The file is replaced at one stroke, or left alone.
+    """
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    kept, redone, broken = [], 0, 0
+    for line in data.split(b"\n"):
+        if not line:
+            continue
+        row = _decode_line(line)
+        if row is None:
+            broken += 1
+        elif resume_step == 0 or row["step"] > resume_step:
+            redone += 1
+        else:
+            kept.append(line + b"\n")
+    trimmed = b"".join(kept)
+    if trimmed == data:
+        return
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        file.write(trimmed)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    logger.info(
+        "%s: dropped %d rows after step %d (that work is done again) and %d torn lines",
+        path,
+        redone,
+        resume_step,
+        broken,
+    )
+
+
+def chart_values(row: Row) -> dict[str, float]:
+    """The numbers of a step's row under the names that wandb and TensorBoard show."""
+    return {
+        f"train/{key}": value
+        for key, value in row.items()
+        if key not in ("step", "tokens") and isinstance(value, int | float)
+    }
+
+
+def chart_losses(losses: Mapping[str, float]) -> dict[str, float]:
+    """Evaluation losses under the names that wandb and TensorBoard show."""
+    return {f"eval/loss/{source}": loss for source, loss in losses.items()}
+
+
+def wandb_run_id(run_name: str) -> str:
+    """The wandb id of a run: its name if wandb takes it as an id, else an id made from it."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_name)
+    if plain == run_name and len(plain) <= 64:
+        return plain
+    # Two names can become one here ("a/b-c", "a-b/c"), and wandb would merge their runs.
+    return f"{plain[:55]}-{hashlib.sha256(run_name.encode()).hexdigest()[:8]}"
+
+
+class WandbSink:
+    """Feeds wandb from a thread of its own, so that nothing in wandb can hold up or end a run.
+
+    Rows wait in a bounded queue; when wandb is too slow for it they are left out and counted.
+    """
+
+    # wandb-core retries for as long as this when the server cannot be reached, even while the
+    # process wants to exit.
+    INIT_TIMEOUT_S = 60.0
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LogConfig,
+        *,
+        run_name: str,
+        run_config: dict[str, Any],
+        queue_rows: int = 10_000,
+        close_timeout_s: float = 30.0,
+    ) -> None:
+        self._run_dir = run_dir
+        self._config = config
+        self._run_name = run_name
+        self._run_config = run_config
+        self._close_timeout_s = close_timeout_s
+        self._queue: queue.Queue[tuple[int, dict[str, float]]] = queue.Queue(queue_rows)
+        self._left_out = 0
+        self._failed = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="wandb-sink", daemon=True)
+        self._thread.start()
+
+    def log_step(self, row: Row) -> None:
+        tokens = row["tokens"]
+        assert isinstance(row["step"], int)
+        assert isinstance(tokens, int)
+        self._put(row["step"], {"tokens": tokens, **chart_values(row)})
+
+    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+        self._put(step, {"tokens": tokens, **chart_losses(losses)})
+
+    def close(self, *, failed: bool) -> None:
+        self._failed = failed
+        was_alive = self._thread.is_alive()
+        self._closing.set()
+        self._thread.join(self._close_timeout_s)
+        if self._thread.is_alive():
+            logger.warning(
+                "wandb did not finish within %.0f s: left behind; metrics.jsonl has every row.",
+                self._close_timeout_s,
+            )
+        elif was_alive and self._left_out:
+            logger.warning(
+                "wandb was too slow for %d rows; metrics.jsonl has them.", self._left_out
+            )
+
+    def _put(self, step: int, values: dict[str, float]) -> None:
+        if not self._thread.is_alive():
+            return
+        try:
+            self._queue.put_nowait((step, values))
+        except queue.Full:
+            self._left_out += 1
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            # Online, a requeued run finds its earlier rows on the server, and wandb refuses to
+            # go back; the steps done again bring the same values.
+            first_step = run.step
+            while True:
+                try:
+                    step, values = self._queue.get(timeout=0.2)
+                except queue.Empty:
+                    if self._closing.is_set():
+                        break
+                    continue
+                if step >= first_step:
+                    run.log(values, step=step)
+            run.finish(exit_code=int(self._failed))
+        except ImportError as error:
+            logger.warning(
+                "log.wandb=%s, but wandb cannot be imported (%s): pip install wandb, or set "
+                "log.wandb=off. The run goes on without it.",
+                self._config.wandb,
+                error,
+            )
+        except BaseException as error:
+            _warn_lost(f"log.wandb={self._config.wandb}", error)
+
+    def _start(self) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            # wandb's capture of stdout and stderr would fight with the live progress line.
+            console="off",
+            silent=True,
+            init_timeout=self.INIT_TIMEOUT_S,
+            finish_timeout=max(1.0, 0.75 * self._close_timeout_s),
+        )
+        wandb.setup(settings)
+        online = self._config.wandb == "online"
+        # On a terminal, wandb.init would ask for the key in the midst of the run.
+        if online and not wandb.login(prompt=False):
+            raise RuntimeError(
+                "no login: run `wandb login`, set WANDB_API_KEY or log.wandb=offline"
+            )
+        run = wandb.init(
+            project=self._config.wandb_project,
+            id=wandb_run_id(self._run_name),
+            name=self._run_name,
+            config=self._run_config,
+            dir=str(self._run_dir),
+            mode="online" if online else "offline",
+            resume="allow",
+            settings=settings,
+        )
+        run.define_metric("tokens")
+        run.define_metric("train/*", step_metric="tokens")
+        run.define_metric("eval/*", step_metric="tokens")
+        if online:
+            logger.info("wandb: %s", run.url)
+        return run
+
+
+class TensorboardSink:
+    """Event files in the run's folder `tensorboard/`; what a resumed run does again is purged."""
+
+    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0
+        )
+
+    def log_step(self, row: Row) -> None:
+        self._put(row["step"], {"train/tokens": row["tokens"], **chart_values(row)})
+
+    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+        self._put(step, chart_losses(losses))
+
+    def close(self, *, failed: bool) -> None:
+        self._writer.close()
+
+    def _put(self, step: Value, values: Mapping[str, Value]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
