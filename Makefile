@@ -32,7 +32,7 @@ data: $(DATA)/manifest.json  ## tokenise the standard library's sources, the tex
 $(DATA)/manifest.json: | $(STAMP)
 	@echo "== preparing $(DATA) from the Python standard library's sources"
 	@$(BIN)/python launch/prepare_data.py output=$(DATA) tokenizer=train vocab_size=4096 \
-		validation_fraction=0.02 input="[$$($(BIN)/python launch/stdlib_sources.py)]"
+		validation_fraction=0.05 input="[$$($(BIN)/python launch/stdlib_sources.py)]"
 
 pretrain: $(STAMP) data  ## train a small Text-01 on real text, then let it write a few lines
 	@echo "== training runs/text01_tiny/$(RUN_ID) with $(PROCESSES) processes (about three minutes)"

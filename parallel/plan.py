@@ -45,8 +45,8 @@ def parallelize(
     engine.shard(model.embed_tokens, dense_stage)
     engine.shard(model, dense_stage)
 
-    model.to_empty(device=mesh.device)
-    for name, parameter in engine.named_parameters():
+    engine.materialize()
+    for name, parameter in engine.parameters.items():
         for rows, first_row in local_rows(parameter):
             init_rows(
                 rows, name, parameter.shape, config=model.config, seed=seed, first_row=first_row

@@ -35,6 +35,9 @@ class ZeroEngine:
         """`dtype` is that of the forward and backward pass; parameters and reductions are fp32."""
         self.model = model
         self.mesh = mesh
+        self.parameters: dict[str, DTensor] = {}
+        """Name -> sharded fp32 parameter. The model's own attributes are at times the gathered
+        ones, so this is what optimiser and checkpoints use."""
         self._stages: dict[FSDPModule, int] = {}
         self._policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -69,17 +72,18 @@ class ZeroEngine:
             unit.set_reshard_after_backward(is_last or stage == 3, recurse=False)
             unit.set_is_last_backward(is_last)
 
-    def named_parameters(self) -> Iterator[tuple[str, DTensor]]:
-        """Name and sharded fp32 parameter, in the model's order."""
+    def materialize(self) -> None:
+        """Allocate this rank's shards, without values; call once, after the last `shard`."""
+        self.model.to_empty(device=self.mesh.device)
         for name, parameter in self.model.named_parameters():
             assert isinstance(parameter, DTensor), f"{name} was left out of every ZeRO unit"
-            yield name, parameter
+            self.parameters[name] = parameter
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """Norm of the whole gradient over all ranks, an fp32 scalar; scales it to `max_norm`."""
         sharded, copied = [], []
-        for _, parameter in self.named_parameters():
+        for parameter in self.parameters.values():
             gradient = parameter.grad
             assert isinstance(gradient, DTensor), "every parameter takes part in every step"
             is_copy = gradient.device_mesh.ndim == 2

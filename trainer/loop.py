@@ -150,7 +150,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {
-            f"model.{name}": parameter.detach() for name, parameter in self.engine.named_parameters()
+            f"model.{name}": parameter.detach() for name, parameter in self.engine.parameters.items()
         }
         tensors |= self.optimizer.named_moments()
         tensors[f"rng.{self.mesh.rank}"] = torch.get_rng_state()

@@ -20,7 +20,7 @@ class Optimizer:
     """
 
     def __init__(self, engine: ZeroEngine, config: OptimConfig) -> None:
-        self._sharded = dict(engine.named_parameters())
+        self._sharded = engine.parameters
         self._local = {name: nn.Parameter(p.detach().to_local()) for name, p in self._sharded.items()}
         decayed = [p for name, p in self._local.items() if self._sharded[name].dim() > 1]
         rest = [p for name, p in self._local.items() if self._sharded[name].dim() == 1]

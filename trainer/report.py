@@ -325,7 +325,7 @@ def _figure(title: str, draw: "Callable[[Axes], None]", *, wide: bool = False) -
         short_ticks = FuncFormatter(lambda value, _: short_number(value).replace(".0", ""))
         draw(axes)
         axes.set_xlabel("tokens")
-        axes.xaxis.set_major_locator(MaxNLocator(8 if wide else 5))
+        axes.xaxis.set_major_locator(MaxNLocator(9 if wide else 5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(short_ticks)
         if axes.get_ylim()[1] >= 10_000:
             axes.yaxis.set_major_formatter(short_ticks)

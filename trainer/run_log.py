@@ -3,8 +3,20 @@
 import logging
 import sys
 from pathlib import Path
+from typing import TextIO
 
 log = logging.getLogger("fulmen")
+
+
+class _Console(logging.StreamHandler):
+    """Standard error as it is now: the live progress line puts itself in between."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def start_logging(run_dir: Path, rank: int) -> None:
@@ -14,7 +26,7 @@ def start_logging(run_dir: Path, rank: int) -> None:
     name = "train.log" if rank == 0 else f"train.rank{rank}.log"
     handlers: list[logging.Handler] = [logging.FileHandler(run_dir / name)]
     if rank == 0:
-        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers.append(_Console())
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     log.handlers = handlers

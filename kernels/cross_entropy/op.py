@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 256 * 2**20  # fp32 logits alive at once
+CHUNK_BYTES = 256 * 2**20  # fp32 logits of one chunk; two of these are alive at once
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         weight: `[vocab_size, hidden_size]`.
         labels: `[tokens]` int64; `IGNORE_INDEX` tokens contribute nothing.
 
-    The logits are formed for a few tokens at a time (at most `CHUNK_BYTES` in fp32), forward and
+    The logits are formed for a few tokens at a time (`CHUNK_BYTES` in fp32), forward and
     backward in the same visit, so memory does not grow with tokens x vocabulary.
     """
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
@@ -42,13 +42,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept = target != IGNORE_INDEX
             index = target.clamp(min=0).unsqueeze(1)
             logits = (chunk @ weight.t()).to(accumulate)
-            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += ((log_sum - logits.gather(1, index)).squeeze(1) * kept).sum()
+            log_probabilities = torch.log_softmax(logits, dim=1)
+            del logits
+            total -= (log_probabilities.gather(1, index).squeeze(1) * kept).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            # d loss / d logits = softmax - one_hot(label), 0 where ignored; overwrites the logits.
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, index, torch.full_like(log_sum, -1.0))
+            # d loss / d logits = softmax - one_hot(label), 0 where ignored.
+            grad = log_probabilities.exp_()
+            grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
             grad.mul_(kept.unsqueeze(1))
             low = grad.to(hidden.dtype)
             if grad_hidden is not None:

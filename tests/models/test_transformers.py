@@ -151,6 +151,9 @@ def test_logits_loss_and_every_gradient(case: str) -> None:
         result.loss.backward()
         for name, parameter in ours.named_parameters():
             assert parameter.grad is not None, name
+            if name.endswith("moe.gate.weight") and config.num_experts_per_token == 1:
+                assert parameter.grad.abs().max() <= 1e-8  # its weight is 1 whatever the logits
+                continue
             assert difference(parameter.grad, their_gradient(theirs, name)) <= TOLERANCE, name
 
 
@@ -207,8 +210,8 @@ def test_there_and_back_is_bit_exact(tmp_path: Path) -> None:
     assert_same_weights(ours, tmp_path / "imported")
 
 
-def test_released_config_loads_as_transformers_once_renamed(tmp_path: Path) -> None:
-    """The two formats hold the same tensor files; only config.json differs."""
+def test_the_formats_differ_in_config_json_alone(tmp_path: Path) -> None:
+    """The same tensor files, byte for byte; both import to the same weights."""
     config, _ = CASES["1:1"]
     ours = make_model(config)
     save(ours, tmp_path / "checkpoint")

@@ -1,0 +1,124 @@
+"""Sample from a trained model: `python launch/generate.py run=runs/text01_tiny/ID [key=value ...]`.
+
+Keys and their defaults: recipes/generate.yaml.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from fulmen.launch.hydra_main import run_hydra
+
+
+@dataclass
+class GenerateConfig:
+    """What to sample from and how."""
+
+    run: str | None = None
+    """Run folder: its newest checkpoint is used, and the samples go into its report."""
+    checkpoint: str | None = None
+    """Checkpoint folder, instead of a run."""
+    tokenizer: str | None = None
+    """tokenizer.json; null = the one of the run's first source."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts to continue."""
+    max_new_tokens: int = 100
+    """Tokens to add to each prompt."""
+    temperature: float = 0.8
+    """0 = always the most likely token."""
+    top_k: int | None = 50
+    """Only the k most likely tokens; null = all."""
+    seed: int = 0
+    """Of the sampling."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+
+
+def sample(composed: Any) -> None:
+    """Load, continue each prompt, print; with `run`, also add the samples to the report."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, GenerateConfig)
+    checkpoint = find_checkpoint(config)
+
+    import torch
+    from tokenizers import Tokenizer
+
+    from fulmen.trainer.generate import generate, load_model
+    from fulmen.trainer.manifest import verify
+    from fulmen.trainer.report import write_report
+    from fulmen.trainer.run_folder import update_summary
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if config.dtype not in dtypes:
+        raise ValueError(f"dtype={config.dtype}: must be one of {', '.join(dtypes)}")
+    verify(checkpoint)
+    tokenizer = Tokenizer.from_file(str(find_tokenizer(config, checkpoint)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(checkpoint, dtype=dtypes[config.dtype], device=device)
+    generator = torch.Generator().manual_seed(config.seed)
+    samples = []
+    print(f"samples of {checkpoint}:")
+    for prompt in config.prompts:
+        new_ids = generate(
+            model,
+            tokenizer.encode(prompt).ids,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            generator=generator,
+            stop_id=tokenizer.token_to_id("<end_of_document>"),
+        )
+        samples.append(prompt + tokenizer.decode(new_ids))
+        print(f"--------\n{samples[-1]}")
+    if config.run is not None:
+        update_summary(Path(config.run), {"samples": samples})
+        print(f"--------\nreport: {write_report(Path(config.run))}")
+
+
+def find_checkpoint(config: GenerateConfig) -> Path:
+    """The folder to load; `ValueError` naming the key if there is none."""
+    if (config.run is None) == (config.checkpoint is None):
+        raise ValueError("give either run=RUN_FOLDER or checkpoint=CHECKPOINT_FOLDER")
+    if config.run is not None:
+        latest = Path(config.run) / "checkpoints" / "latest"
+        if not latest.exists():
+            raise ValueError(f"run={config.run}: it has no checkpoint ({latest} does not exist)")
+        return latest.resolve()
+    path = Path(config.checkpoint or "")
+    if not path.is_dir():
+        raise ValueError(f"checkpoint={path}: there is no such folder")
+    return path
+
+
+def find_tokenizer(config: GenerateConfig, checkpoint: Path) -> Path:
+    """The tokenizer file; `ValueError` naming the key if it is not there."""
+    if config.tokenizer is not None:
+        path = Path(config.tokenizer)
+    else:
+        run = OmegaConf.load(checkpoint / "config.yaml")
+        sources = OmegaConf.select(run, "data.sources") or {}
+        if not sources:
+            raise ValueError(f"{checkpoint} names no data: give tokenizer=PATH of a tokenizer.json")
+        path = Path(next(iter(sources.values())).path) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"tokenizer {path} does not exist: give tokenizer=PATH of a tokenizer.json")
+    return path
+
+
+def nearest(unknown: str) -> list[str]:
+    """Known keys that look like `unknown`."""
+    return difflib.get_close_matches(unknown, [item.name for item in fields(GenerateConfig)])
+
+
+def main() -> None:
+    """Entry point."""
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    run_hydra(sample, "generate", suggest=nearest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Text from a checkpoint: recurrent states in lightning layers, a KV cache in softmax layers."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fulmen.models.config import MoEConfig
+from fulmen.models.layers import Cache
+from fulmen.models.text import TextModel
+from fulmen.trainer.weights import CheckpointWeights, load_model_config
+
+
+def load_model(checkpoint: Path, *, dtype: torch.dtype, device: torch.device) -> TextModel:
+    """The model of a checkpoint folder, on one device; routing is dropless, as in inference."""
+    config = load_model_config(checkpoint)
+    with torch.device("meta"):
+        model = TextModel(config, MoEConfig())
+    weights = CheckpointWeights(checkpoint)
+    # One tensor at a time, so that host memory holds no second copy of the model.
+    state = {
+        name: weights.read(name, dtype=dtype).to(device) for name, _ in model.named_parameters()
+    }
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+@torch.inference_mode()
+def generate(
+    model: TextModel,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator,
+    stop_id: int | None = None,
+) -> list[int]:
+    """Continue `prompt`; returns the new token ids, `stop_id` excluded.
+
+    `temperature` 0 takes the most likely token each time; `top_k` keeps only the k most likely.
+    Costs the same per token however long the text is, but for the softmax layers' KV cache.
+    """
+    if not prompt:
+        raise ValueError("the prompt has no tokens: give at least one character of text")
+    device = next(model.parameters()).device
+    cache, new_ids = Cache(), list[int]()
+    ids = torch.tensor([prompt], device=device)
+    while len(new_ids) < max_new_tokens:
+        logits = model(ids, cache=cache)
+        next_id = _sample(logits[0, -1].float(), temperature, top_k, generator)
+        if next_id == stop_id:
+            break
+        new_ids.append(next_id)
+        ids = torch.tensor([[next_id]], device=device)
+    return new_ids
+
+
+def _sample(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k is not None:
+        kept = logits.topk(min(top_k, logits.numel()))
+        logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
+    # On the CPU, so that a seed gives the same text on every device.
+    probabilities = torch.softmax(logits / temperature, dim=0).cpu()
+    return int(torch.multinomial(probabilities, 1, generator=generator))
