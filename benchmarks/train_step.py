@@ -72,9 +72,7 @@ class Ours:
         self.tokens = tokens
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
-        output = self.model(
-            ids, labels=labels, cu_seqlens=self.cu_seqlens, num_tokens=self.tokens
-        )
+        output = self.model(ids, labels=labels, cu_seqlens=self.cu_seqlens, num_tokens=self.tokens)
         return output.loss_sum / self.tokens + 0.01 * output.aux_loss
 
     def step(self, ids: Tensor, labels: Tensor) -> None:
@@ -92,7 +90,12 @@ class Transformers:
 
         from fulmen.models.hf import to_hf_config
 
-        values = to_hf_config(config, "transformers")
+        values = to_hf_config(
+            config,
+            "transformers",
+            max_position_embeddings=options.document_tokens,
+            dtype=options.dtype,
+        )
         hf_config = MiniMaxForCausalLM.config_class(**values)
         hf_config.output_router_logits = True
         with torch.device(device):
@@ -100,7 +103,10 @@ class Transformers:
         if options.activation_checkpointing == "full":
             self.model.gradient_checkpointing_enable()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.shape = (options.micro_batch_tokens // options.document_tokens, options.document_tokens)
+        self.shape = (
+            options.micro_batch_tokens // options.document_tokens,
+            options.document_tokens,
+        )
 
     def step(self, ids: Tensor, labels: Tensor) -> None:
         self.model.train()

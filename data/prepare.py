@@ -28,7 +28,7 @@ from fulmen.data.tokenise import (
 )
 from fulmen.data.writing import ShardWriter, as_json, write_whole
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -219,16 +219,22 @@ def _sample_texts(config: PrepareConfig, files: Sequence[InputFile]) -> Iterator
         quota += file.size_bytes * share
         if share < 1 and taken >= quota:
             continue
-        for chunk in read_chunks([file], text_field=config.text_field):
-            for raw, row in zip(chunk.raw, chunk.rows, strict=True):
-                try:
-                    text = decode_text(raw, chunk.kind, row, config.text_field)
-                    taken += len(text.encode("utf-8"))
-                except (MalformedError, UnicodeEncodeError):
-                    continue  # counted and reported when the input is tokenised
-                yield text
+        for text in _texts(config, file):
+            taken += len(text.encode("utf-8"))
+            yield text
             if share < 1 and taken >= quota:
                 break
+
+
+def _texts(config: PrepareConfig, file: InputFile) -> Iterator[str]:
+    for chunk in read_chunks([file], text_field=config.text_field):
+        for raw, row in zip(chunk.raw, chunk.rows, strict=True):
+            try:
+                text = decode_text(raw, chunk.kind, row, config.text_field)
+                text.encode("utf-8")
+            except (MalformedError, UnicodeEncodeError):
+                continue  # counted and reported when the input is tokenised
+            yield text
 
 
 def _write_shards(
@@ -317,12 +323,11 @@ class _Bar:
     ) -> None:
         self._progress = Progress(
             TextColumn("{task.percentage:>3.0f}%"),
-            BarColumn(),
-            TextColumn("{task.fields[documents]:,} documents"),
-            TextColumn("{task.fields[tokens]:,} tokens"),
-            TextColumn("{task.fields[speed]:,} tokens/s"),
-            TextColumn("{task.fields[rejected]:,} rejected"),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=10),
+            TextColumn(
+                "{task.fields[documents]:,} documents, {task.fields[tokens]:.1f} M tokens, "
+                "{task.fields[speed]:.2f} M tokens/s, {task.fields[rejected]:,} rejected"
+            ),
             TimeRemainingColumn(),
             console=console,
         )
@@ -334,8 +339,8 @@ class _Bar:
             total=sum(file.size_bytes for file in files),
             completed=sum(file.size_bytes for file in files[: start[0]]),
             documents=self._documents,
-            tokens=self._tokens,
-            speed=0,
+            tokens=self._tokens / 1e6,
+            speed=0.0,
             rejected=self._rejected,
         )
 
@@ -355,8 +360,8 @@ class _Bar:
             self._task,
             advance=input_bytes,
             documents=self._documents,
-            tokens=self._tokens,
-            speed=int((self._tokens - self._tokens_before) / max(elapsed, 1e-3)),
+            tokens=self._tokens / 1e6,
+            speed=(self._tokens - self._tokens_before) / 1e6 / max(elapsed, 1e-3),
             rejected=self._rejected,
         )
 

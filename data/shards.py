@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ class PreparedSplit:
             self._check(shard["tokens_file"], shard["tokens_bytes"], shard["tokens_sha256"], verify)
             self._check(shard["index_file"], shard["index_bytes"], shard["index_sha256"], True)
 
+        if len(shards) > 100:
+            # Each map holds a file open, and the usual soft limit is 1024.
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self.vocab_size = vocab_size
         self.num_documents: int = entry["documents"]

@@ -160,6 +160,9 @@ def encode_chunks(
     )
     under_way: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
     try:
+        # The processes start and load the tokenizer while the first chunks are read.
+        for _ in range(num_workers):
+            pool.submit(encode_chunk, settings, Chunk("lines", [], [], [], 0))
         for chunk in chunks:
             under_way.append((replace(chunk, raw=[]), pool.submit(encode_chunk, settings, chunk)))
             if len(under_way) >= 4 * num_workers:

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fulmen.launch.hydra_main import run_hydra
 from fulmen.models.config import ModelConfig
 from fulmen.models.hf import (
     FORMATS,
@@ -175,16 +175,23 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-@hydra.main(version_base="1.3", config_path="pkg://fulmen.recipes", config_name="export_hf")
-def main(config: Any) -> None:
-    """Entry point; a mistake of the user ends it with one line."""
+def run(config: Any) -> None:
+    """What Hydra calls; mistakes of the user leave as `ValueError`."""
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        raise ValueError(f"no value for {', '.join(sorted(missing))}")
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, ExportConfig)
     try:
-        missing = OmegaConf.missing_keys(config)
-        if missing:
-            raise ValueError(f"no value for {', '.join(sorted(missing))}")
-        export(OmegaConf.to_object(config), Console(stderr=True))  # type: ignore[arg-type]
-    except (ValueError, OSError) as error:
-        sys.exit(f"export_hf: {error}")
+        export(settings, Console(stderr=True))
+    except OSError as error:
+        raise ValueError(str(error)) from error
+
+
+def main() -> None:
+    """Entry point."""
+    known = [field.name for field in fields(ExportConfig)]
+    run_hydra(run, "export_hf", suggest=lambda key: get_close_matches(key, known))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ def find_tokenizer(config: GenerateConfig, checkpoint: Path) -> Path:
             raise ValueError(f"{checkpoint} names no data: give tokenizer=PATH of a tokenizer.json")
         path = Path(next(iter(sources.values())).path) / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"tokenizer {path} does not exist: give tokenizer=PATH of a tokenizer.json")
+        raise ValueError(
+            f"tokenizer {path} does not exist: give tokenizer=PATH of a tokenizer.json"
+        )
     return path
 
 

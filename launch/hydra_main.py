@@ -40,7 +40,9 @@ def explain(error: Exception, suggest: Callable[[str], list[str]]) -> str:
         messages.append(str(current))
         current = current.__cause__
     text = "\n".join(messages)
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(
+        r"full_key: (\S+)", text
+    )
     if unknown and re.search(r"Key '\S+' (is )?not in", text):
         near = suggest(unknown.group(1))
         hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,13 +1,12 @@
 """Make a checkpoint folder from Hugging Face safetensors: `import_hf.py input=DIR output=DIR`."""
 
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fulmen.launch.export_hf import INDEX, progress_bar
+from fulmen.launch.hydra_main import run_hydra
 from fulmen.models.config import ModelConfig
 from fulmen.models.hf import (
     check_shapes,
@@ -159,16 +159,23 @@ def _check_index(folder: Path, listed: Mapping[str, str], found: Mapping[str, st
         )
 
 
-@hydra.main(version_base="1.3", config_path="pkg://fulmen.recipes", config_name="import_hf")
-def main(config: Any) -> None:
-    """Entry point; a mistake of the user ends it with one line."""
+def run(config: Any) -> None:
+    """What Hydra calls; mistakes of the user leave as `ValueError`."""
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        raise ValueError(f"no value for {', '.join(sorted(missing))}")
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, ImportConfig)
     try:
-        missing = OmegaConf.missing_keys(config)
-        if missing:
-            raise ValueError(f"no value for {', '.join(sorted(missing))}")
-        import_released(OmegaConf.to_object(config), Console(stderr=True))  # type: ignore[arg-type]
-    except (ValueError, OSError) as error:
-        sys.exit(f"import_hf: {error}")
+        import_released(settings, Console(stderr=True))
+    except OSError as error:
+        raise ValueError(str(error)) from error
+
+
+def main() -> None:
+    """Entry point."""
+    known = [field.name for field in fields(ImportConfig)]
+    run_hydra(run, "import_hf", suggest=lambda key: get_close_matches(key, known))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python launch/prepare_data.py input=GLOB_OR_FOLDER output=DIR tokenizer=train vo
 
 import dataclasses
 import difflib
+import os
 import sys
 
 import hydra

@@ -13,7 +13,7 @@ BLOCK_ELEMENTS = 2**20
 
 
 def init_std(name: str, shape: torch.Size, config: ModelConfig) -> Tensor | float | None:
-    """Standard deviation of a parameter's initial normal values; None for a norm's weight, all ones.
+    """Standard deviation of a parameter's normal values; None for a norm's weight, all ones.
 
     Xavier: `gain * sqrt(2 / (fan_in + fan_out))` of the single matrix (one head-interleaved part,
     one expert). The paper sets DeepNorm's beta = (8 num_layers)^-0.25 and not where; we follow

@@ -58,7 +58,7 @@ def packed_positions(tokens: int, cu_seqlens: Tensor | None, device: torch.devic
 
 
 def rope_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of `position * theta^(-2i / rotary_dim)`, each `[tokens, rotary_dim / 2]` fp32."""
+    """cos and sin of `position * theta^(-2i / rotary_dim)`: `[tokens, rotary_dim / 2]` fp32."""
     index = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / theta ** (index / rotary_dim)
     angle = positions.to(torch.float32)[:, None] * frequency

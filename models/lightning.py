@@ -29,7 +29,8 @@ class LightningAttention(nn.Module):
         """`[batch, tokens, hidden_size]` in and out."""
         batch, tokens, _ = x.shape
         qkv = F.silu(self.qkv_proj(x)).view(batch, tokens, self.num_heads, 3 * self.head_dim)
-        output = self.attend(*qkv.split(self.head_dim, dim=-1), context)
+        q, k, v = qkv.split(self.head_dim, dim=-1)
+        output = self.attend(q, k, v, context)
         gated = torch.sigmoid(self.output_gate(x)) * self.norm(output.flatten(2))
         return self.out_proj(gated)
 

@@ -67,7 +67,7 @@ class MoE(nn.Module):
         return output.view_as(x), MoEStats(aux_loss, counts, num_dropped)
 
     def _route(self, flat: Tensor) -> Routing:
-        # fp32 even in bf16 training: near-ties between experts would otherwise be broken by rounding.
+        # fp32 even in bf16 training, where rounding would decide between experts that are close.
         dtype = torch.promote_types(flat.dtype, torch.float32)
         logits = F.linear(flat.to(dtype), self.gate.weight.to(dtype))
         return route(logits, self.num_experts_per_token)
@@ -86,8 +86,10 @@ class MoE(nn.Module):
 
 
 def count_assignments(experts: Tensor, num_experts: int) -> Tensor:
-    """`[num_experts]` int64 assignments per expert; dropped ones (id `num_experts`) are left out."""
-    return torch.bincount(experts.flatten(), minlength=num_experts + 1)[:num_experts]
+    """`[num_experts]` int64 assignments per expert; dropped ones (id `num_experts`) do not count."""
+    flat = experts.flatten()
+    counts = flat.new_zeros(num_experts + 1)  # not bincount, which makes the host wait for a GPU
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
 
 
 def mask_padding(routing: Routing, num_tokens: int, num_experts: int) -> Routing:

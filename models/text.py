@@ -42,7 +42,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.block_sparse_moe = MoE(config, moe)
 
-    def forward(self, x: Tensor, context: Context, num_tokens: int | None) -> tuple[Tensor, MoEStats]:
+    def forward(
+        self, x: Tensor, context: Context, num_tokens: int | None
+    ) -> tuple[Tensor, MoEStats]:
         """`[batch, tokens, hidden_size]` in and out."""
         h = self.input_layernorm(x)
         x = self.alpha * h + self.beta * self.self_attn(h, context)
@@ -84,9 +86,7 @@ class TextModel(nn.Module):
         hidden, stats = self._hidden(input_ids, cu_seqlens, num_tokens, cache)
         if labels is None:
             return self.lm_head(hidden)
-        loss_sum = linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, labels.flatten()
-        )
+        loss_sum = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
         return LossOutput(
             loss_sum,
             torch.stack([s.aux_loss for s in stats]).sum(),

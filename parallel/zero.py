@@ -16,7 +16,6 @@ number of ranks or on the size of a mesh axis.
 """
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -45,15 +44,12 @@ class ZeroEngine:
 
     def shard(self, module: nn.Module, stage: int, *, experts: bool = False) -> None:
         """Make `module`'s parameters, less those of units inside it, one unit of ZeRO `stage`."""
-        unit = cast(
-            FSDPModule,
-            fully_shard(
-                module,
-                mesh=self.mesh.replicate if stage == 0 else self.mesh.shard,
-                reshard_after_forward=stage == 3,
-                mp_policy=self._policy,
-                shard_placement_fn=self._expert_placement if experts and stage else None,
-            ),
+        unit = fully_shard(
+            module,
+            mesh=self.mesh.replicate if stage == 0 else self.mesh.shard,
+            reshard_after_forward=stage == 3,
+            mp_policy=self._policy,
+            shard_placement_fn=self._expert_placement if experts and stage else None,
         )
         unit.set_gradient_divide_factor(1.0)
         # With a divide factor, torch would ask for a reduction that gloo does not have.
@@ -82,7 +78,8 @@ class ZeroEngine:
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """Norm of the whole gradient over all ranks, an fp32 scalar; scales it to `max_norm`."""
-        sharded, copied = [], []
+        sharded: list[Tensor] = []
+        copied: list[Tensor] = []
         for parameter in self.parameters.values():
             gradient = parameter.grad
             assert isinstance(gradient, DTensor), "every parameter takes part in every step"
@@ -104,13 +101,19 @@ def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(held)).double().square().sum()
 
 
+def local_part(parameter: DTensor) -> Tensor:
+    """This rank's part of a parameter, sharing its memory and outside of autograd."""
+    with torch.no_grad():
+        return parameter.to_local()
+
+
 def local_rows(parameter: DTensor) -> Iterator[tuple[Tensor, int]]:
     """This rank's part of a parameter as (whole rows, index of their first row).
 
     A row is a slice along the last dim, counted over all leading dims; a parameter of one dim
     has rows of one element. A part that is not contiguous in the whole comes in several pieces.
     """
-    local = parameter.detach().to_local()
+    local = local_part(parameter)
     _, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )

@@ -21,8 +21,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from fulmen.trainer.run_log import log
 from fulmen.trainer.manifest import CheckpointError, describe, verify, write_manifest
+from fulmen.trainer.run_log import log
 
 STATE_FILE = "trainer_state.json"
 CONFIG_FILE = "config.yaml"
@@ -112,7 +112,9 @@ class Checkpointer:
         file = path / STATE_FILE
         return (json.loads(file.read_text()) if file.exists() else {}), absent
 
-    def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any], config: str) -> None:
+    def _write(
+        self, step: int, tensors: dict[str, Any], state: dict[str, Any], config: str
+    ) -> None:
         final = self.folder / f"step_{step}"
         temporary = self.folder / f".step_{step}.writing"
         if self._rank == 0:

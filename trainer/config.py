@@ -140,14 +140,16 @@ def to_run_config(config: Any) -> RunConfig:
     """A composed Hydra config as dataclasses; `ValueError` naming a key that was left out."""
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ValueError(f"no value for {', '.join(missing)}: set it in the recipe or on the command line")
+        raise ValueError(
+            f"no value for {', '.join(missing)}: set it in the recipe or on the command line"
+        )
     run = OmegaConf.to_object(config)
     assert isinstance(run, RunConfig)
     return run
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
-    """Raise `ValueError`, naming the keys, for whatever can be told to fail before anything runs."""
+    """Raise `ValueError`, naming the keys, for what can be told to fail before anything runs."""
     check_model(config.model, config.moe)
     check_parallel(config.parallel, world_size)
     _check_choice("optim.name", config.optim.name, ["adamw", "apex_fused_adam"])
@@ -157,14 +159,18 @@ def check_config(config: RunConfig, world_size: int) -> None:
     for phase in config.schedule.phases:
         _check_choice("schedule.phases[].decay", phase.decay, ["constant", "exponential"])
     if not config.schedule.phases:
-        raise ValueError("schedule.phases is empty: give at least one phase with tokens and lr_factor")
+        raise ValueError(
+            "schedule.phases is empty: give at least one phase with tokens and lr_factor"
+        )
     if config.schedule.phases[0].decay != "constant":
         raise ValueError("schedule.phases[0].decay: the first phase has nothing to decay from")
     if any(phase.tokens < 1 or phase.lr_factor <= 0 for phase in config.schedule.phases):
         raise ValueError("schedule.phases: tokens and lr_factor of each phase must be positive")
     starts = [step.from_tokens for step in config.schedule.batch_ramp]
     if starts != sorted(set(starts)) or any(start <= 0 for start in starts):
-        raise ValueError("schedule.batch_ramp: from_tokens must be positive and rise from step to step")
+        raise ValueError(
+            "schedule.batch_ramp: from_tokens must be positive and rise from step to step"
+        )
     if config.checkpoint.keep < 1:
         raise ValueError(f"checkpoint.keep={config.checkpoint.keep}: must be at least 1")
     if not config.data.sources:

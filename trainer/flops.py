@@ -50,7 +50,11 @@ def forward_flops(
     lightning_layers = config.num_layers - softmax_layers
     hidden = config.hidden_size
     return {
-        "softmax_projections": softmax_layers * num_tokens * 2 * hidden * (2 * inner + 2 * kv_inner),
+        "softmax_projections": softmax_layers
+        * num_tokens
+        * 2
+        * hidden
+        * (2 * inner + 2 * kv_inner),
         "softmax_core": softmax_layers * 4 * inner * sum_squared_lengths / 2,
         "lightning_projections": lightning_layers * num_tokens * 2 * hidden * 5 * inner,
         "lightning_core": lightning_layers * num_tokens * 4 * inner * config.head_dim,

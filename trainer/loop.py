@@ -18,10 +18,11 @@ from fulmen.models.text import (
 )
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.plan import parallelize
-from fulmen.trainer.checkpoint import Checkpointer, CheckpointError
+from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.evaluate import evaluate
 from fulmen.trainer.flops import Throughput, device_peak
+from fulmen.trainer.manifest import CheckpointError
 from fulmen.trainer.metrics import MetricsLogger, NullMetrics
 from fulmen.trainer.optim import Optimizer
 from fulmen.trainer.run_folder import DONE, update_summary
@@ -80,7 +81,10 @@ class Trainer:
                     num_tokens=batch.num_tokens, sum_squared_lengths=batch.sum_squared_lengths
                 )
                 if self._is_due(config.log.every_steps):
-                    row = self._row(batch, stats, grad_norm) | {"lr": lr, "data_wait_s": data_wait_s}
+                    row = self._row(batch, stats, grad_norm) | {
+                        "lr": lr,
+                        "data_wait_s": data_wait_s,
+                    }
                     metrics.log_step(row)
                 if self._is_due(config.evaluation.every_steps) or self.finished:
                     metrics.log_eval(self.step, self.tokens, self._evaluate())
@@ -106,9 +110,7 @@ class Trainer:
             (loss + aux_loss).backward()
             stats.add(output)
         grad_norm = self.engine.clip_grad_norm(config.optim.grad_clip)
-        lr = learning_rate(
-            config.optim.lr, config.schedule, step=self.step, tokens=self.tokens
-        )
+        lr = learning_rate(config.optim.lr, config.schedule, step=self.step, tokens=self.tokens)
         self.optimizer.step(lr)
         return stats, grad_norm, lr
 
@@ -150,7 +152,8 @@ class Trainer:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {
-            f"model.{name}": parameter.detach() for name, parameter in self.engine.parameters.items()
+            f"model.{name}": parameter.detach()
+            for name, parameter in self.engine.parameters.items()
         }
         tensors |= self.optimizer.named_moments()
         tensors[f"rng.{self.mesh.rank}"] = torch.get_rng_state()

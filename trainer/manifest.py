@@ -46,9 +46,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, int | str]]:
         content = json.loads((path / MANIFEST).read_text())
         version, files = content["version"], content["files"]
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint: it has no {MANIFEST}"
-        ) from None
+        raise CheckpointError(f"{path} is not a whole checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from None
     if version != FORMAT_VERSION:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fulmen.parallel.zero import ZeroEngine
+from fulmen.parallel.zero import ZeroEngine, local_part
 from fulmen.trainer.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -21,7 +21,7 @@ class Optimizer:
 
     def __init__(self, engine: ZeroEngine, config: OptimConfig) -> None:
         self._sharded = engine.parameters
-        self._local = {name: nn.Parameter(p.detach().to_local()) for name, p in self._sharded.items()}
+        self._local = {name: nn.Parameter(local_part(p)) for name, p in self._sharded.items()}
         decayed = [p for name, p in self._local.items() if self._sharded[name].dim() > 1]
         rest = [p for name, p in self._local.items() if self._sharded[name].dim() == 1]
         groups = [
@@ -68,13 +68,16 @@ class Optimizer:
         for name, local in self._local.items():
             like = self._sharded[name]
             for moment in MOMENTS:
-                yield f"{moment}.{name}", DTensor.from_local(
-                    self._optimizer.state[local][moment],
-                    like.device_mesh,
-                    like.placements,
-                    run_check=False,
-                    shape=like.shape,
-                    stride=like.stride(),
+                yield (
+                    f"{moment}.{name}",
+                    DTensor.from_local(
+                        self._optimizer.state[local][moment],
+                        like.device_mesh,
+                        like.placements,
+                        run_check=False,
+                        shape=like.shape,
+                        stride=like.stride(),
+                    ),
                 )
 
 
@@ -89,6 +92,6 @@ def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Opti
     except ImportError:
         raise ValueError(
             "optim.name=apex_fused_adam: NVIDIA apex is not installed (the apex on PyPI is another "
-            "project); build it from github.com/NVIDIA/apex with --cuda_ext, or use optim.name=adamw"
+            "project); build it from github.com/NVIDIA/apex with --cuda_ext, or set optim.name=adamw"
         ) from None
     return FusedAdam(groups, lr=config.lr, betas=betas, eps=config.eps, adam_w_mode=True)

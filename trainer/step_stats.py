@@ -33,7 +33,9 @@ class StepStats:
 class ReducedStats:
     """The sums of one step over all ranks, as numbers."""
 
-    def __init__(self, loss_sum: float, aux_loss_sum: float, num_dropped: int, counts: Tensor) -> None:
+    def __init__(
+        self, loss_sum: float, aux_loss_sum: float, num_dropped: int, counts: Tensor
+    ) -> None:
         self.loss_sum = loss_sum
         self.aux_loss_sum = aux_loss_sum
         self.num_dropped = num_dropped

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """Causal attention with scale `1 / sqrt(head_dim)`.
 
     Args:

@@ -35,7 +35,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+        )
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             chunk, target = hidden[part], labels[part]

@@ -38,9 +38,12 @@ def drop_over_capacity(routing: Routing, num_experts: int, capacity: int) -> Rou
     tokens, k = routing.experts.shape
     by_priority = routing.experts.t().reshape(-1)  # all first choices, then all second ones
     order = by_priority.argsort(stable=True)
-    counts = torch.bincount(by_priority, minlength=num_experts + 1)
+    counts = by_priority.new_zeros(num_experts + 1)
+    counts.scatter_add_(0, by_priority, torch.ones_like(by_priority))
     first_of_expert = counts.cumsum(0) - counts
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(tokens * k, device=order.device) - first_of_expert[by_priority[order]]
+    rank[order] = (
+        torch.arange(tokens * k, device=order.device) - first_of_expert[by_priority[order]]
+    )
     kept = torch.where(rank < capacity, by_priority, num_experts)
     return routing._replace(experts=kept.view(k, tokens).t())

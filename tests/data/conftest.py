@@ -71,9 +71,7 @@ def make_folder(tmp_path: Path) -> MakeFolder:
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 300 entries."""
     texts = ["the quick brown fox jumps over the lazy dog"] * 10
-    tokenizer = train_tokenizer(
-        iter(texts), vocab_size=300, end_of_document="<end_of_document>"
-    )
+    tokenizer = train_tokenizer(iter(texts), vocab_size=300, end_of_document="<end_of_document>")
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path

@@ -1,0 +1,34 @@
+"""Fixtures of all rooms. Tests run with one thread a process, so that sums have one order."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"):
+    os.environ.pop(name, None)
+
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared folder, made by fulmen's own preparation; read only."""
+    from support.tiny import prepare_tiny_data
+
+    return prepare_tiny_data(tmp_path_factory.mktemp("tiny_data"))
+
+
+@pytest.fixture
+def one_rank() -> Iterator[torch.device]:
+    """The test's own process as a world of one."""
+    import torch.distributed as dist
+    from fulmen.parallel.mesh import join_world
+
+    yield join_world()
+    dist.destroy_process_group()

@@ -1,0 +1,387 @@
+"""ZeRO 0 to 3 against plain one-process torch, and what each rank holds of the model."""
+
+import gc
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from fulmen.models.config import ModelConfig, MoEConfig
+from fulmen.models.init import init_model
+from fulmen.models.text import LossOutput, TextModel
+from fulmen.parallel.config import ParallelConfig
+from fulmen.parallel.mesh import build_mesh
+from fulmen.parallel.plan import parallelize
+from fulmen.parallel.zero import ZeroEngine
+from fulmen.trainer.config import OptimConfig
+from fulmen.trainer.optim import Optimizer
+from support.tiny import VOCAB_SIZE, tiny_model
+from support.worlds import run_world
+from torch import Tensor
+
+pytestmark = pytest.mark.slow
+
+SEED = 11
+STEPS = 8
+MICRO_BATCHES = 8
+TOKENS = 48
+AUX_LOSS_COEF = 0.05
+MAX_NORM = 1.0
+OPTIM = OptimConfig(lr=4e-3)
+
+STAGES = [(0, None), (1, None), (2, None), (3, None), (0, 2), (3, 1), (2, 0)]
+"""(dense, expert) stages."""
+MANY_EXPERTS = tiny_model()
+FEW_EXPERTS = tiny_model(num_experts=2)
+"""Fewer experts than the largest world has ranks."""
+RELATIVE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train on a given world."""
+
+    dense: int
+    expert: int | None
+    model: ModelConfig = field(default_factory=tiny_model)
+    dtype: torch.dtype = torch.float32
+    checkpointing: str = "none"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        experts = self.model.num_experts
+        return f"{self.dense}/{self.expert}-{experts}experts-{dtype}-{self.checkpointing}"
+
+
+EVERYWHERE = [Case(dense, expert) for dense, expert in STAGES]
+CASES = {
+    1: [*EVERYWHERE, Case(1, None, checkpointing="full")],
+    2: [
+        *EVERYWHERE,
+        *[Case(stage, None, checkpointing="full") for stage in (0, 1, 2, 3)],
+        *[Case(stage, None, dtype=torch.bfloat16) for stage in (0, 1, 2, 3)],
+    ],
+    4: [
+        *EVERYWHERE,
+        *[Case(dense, expert, FEW_EXPERTS) for dense, expert in [*STAGES[:4], (0, 2)]],
+        Case(3, None, checkpointing="full", dtype=torch.bfloat16),
+    ],
+}
+
+
+@dataclass
+class Outcome:
+    """What a training gave; `held` is rank 0's only."""
+
+    losses: list[float]
+    norms: list[float]
+    initial: dict[str, Tensor]
+    final: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A packed row of documents of uneven length, with padding at its end."""
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    num_tokens: int
+
+
+def micro_batches(step: int) -> list[MicroBatch]:
+    batches = []
+    for index in range(MICRO_BATCHES):
+        generator = torch.Generator().manual_seed(1000 * step + index)
+        tokens = torch.randint(VOCAB_SIZE, (1, TOKENS), generator=generator)
+        num_tokens = TOKENS - int(torch.randint(0, 9, (), generator=generator))
+        cuts = torch.randperm(num_tokens - 1, generator=generator)[:3].sort().values + 1
+        ends = [*cuts.tolist(), num_tokens]
+        labels = tokens.roll(-1, 1)
+        labels[:, [end - 1 for end in ends]] = -100
+        labels[:, num_tokens:] = -100
+        bounds = sorted({0, *ends, TOKENS})
+        batches.append(
+            MicroBatch(tokens, labels, torch.tensor(bounds, dtype=torch.int32), num_tokens)
+        )
+    return batches
+
+
+def learning_rate(step: int) -> float:
+    return OPTIM.lr * min(1.0, (step + 1) / 3)
+
+
+def forward(model: TextModel, batch: MicroBatch) -> LossOutput:
+    output = model(
+        batch.input_ids,
+        labels=batch.labels,
+        cu_seqlens=batch.cu_seqlens,
+        num_tokens=batch.num_tokens,
+    )
+    assert isinstance(output, LossOutput)
+    return output
+
+
+def loss_of(output: LossOutput, num_labels: int) -> Tensor:
+    return output.loss_sum / num_labels + AUX_LOSS_COEF * output.aux_loss / MICRO_BATCHES
+
+
+def count_labels(batches: list[MicroBatch]) -> int:
+    return sum(int((batch.labels != -100).sum()) for batch in batches)
+
+
+@cache
+def reference(num_experts: int) -> Outcome:
+    """The same training with nothing of `parallel` or `trainer`."""
+    config = tiny_model(num_experts=num_experts)
+    model = TextModel(config, MoEConfig())
+    init_model(model, config, SEED)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": OPTIM.weight_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ],
+        betas=(OPTIM.beta1, OPTIM.beta2),
+        eps=OPTIM.eps,
+    )
+    outcome = Outcome([], [], initial, {})
+    for step in range(STEPS):
+        batches = micro_batches(step)
+        num_labels, total = count_labels(batches), 0.0
+        for batch in batches:
+            output = forward(model, batch)
+            loss_of(output, num_labels).backward()
+            total += output.loss_sum.item() / num_labels
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        outcome.losses.append(total)
+        outcome.norms.append(norm.item())
+    outcome.final = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return outcome
+
+
+def build(device: torch.device, case: Case) -> tuple[TextModel, ZeroEngine]:
+    config = ParallelConfig(zero_stage=case.dense, expert_zero_stage=case.expert)
+    with torch.device("meta"):
+        model = TextModel(case.model, MoEConfig())
+    engine = parallelize(
+        model,
+        build_mesh(config, device),
+        config,
+        dtype=case.dtype,
+        activation_checkpointing=case.checkpointing,
+        compile_blocks=False,
+        seed=SEED,
+    )
+    return model, engine
+
+
+def whole(engine: ZeroEngine) -> dict[str, Tensor]:
+    return {name: p.detach().full_tensor().clone() for name, p in engine.parameters.items()}
+
+
+def train(device: torch.device, case: Case) -> Outcome:
+    model, engine = build(device, case)
+    optimizer = Optimizer(engine, OPTIM)
+    outcome = Outcome([], [], whole(engine), {})
+    for step in range(STEPS):
+        batches = micro_batches(step)
+        mine = batches[engine.mesh.dp_rank :: engine.mesh.dp]
+        num_labels, total = count_labels(batches), torch.zeros((), dtype=torch.float64)
+        for index, batch in enumerate(mine):
+            engine.begin_micro_batch(is_last=index == len(mine) - 1)
+            output = forward(model, batch)
+            loss_of(output, num_labels).backward()
+            total += output.loss_sum.detach().double() / num_labels
+        norm = engine.clip_grad_norm(MAX_NORM)
+        optimizer.step(learning_rate(step))
+        dist.all_reduce(total)
+        outcome.losses.append(total.item())
+        outcome.norms.append(norm.item())
+    outcome.final = whole(engine)
+    return outcome
+
+
+def train_cases(device: torch.device, cases: list[Case]) -> list[Outcome]:
+    return [train(device, case) for case in cases]
+
+
+@cache
+def trained(size: int) -> dict[Case, list[Outcome]]:
+    """Case -> outcome on each rank of a world of `size`."""
+    by_rank = run_world(train_cases, size, CASES[size], timeout_s=120)
+    # ModelConfig has no hash: the text of a case is its key.
+    return {str(case): list(outcomes) for case, outcomes in zip(CASES[size], zip(*by_rank))}
+
+
+ALL = [pytest.param(size, case, id=f"{size}-{case}") for size in CASES for case in CASES[size]]
+EXACT = [param for param in ALL if param.values[1].dtype == torch.float32]
+ROUNDED = [param for param in ALL if param.values[1].dtype == torch.bfloat16]
+
+
+def relative(value: float, expected: float) -> float:
+    return abs(value - expected) / abs(expected)
+
+
+def test_the_reference_clips_some_steps_and_others_not() -> None:
+    for experts in (4, 2):
+        norms = reference(experts).norms
+        assert sum(norm > 1.05 * MAX_NORM for norm in norms) >= 2, norms
+        assert sum(norm < 0.95 * MAX_NORM for norm in norms) >= 2, norms
+
+
+@pytest.mark.parametrize(("size", "case"), EXACT)
+def test_training_equals_plain_torch(size: int, case: Case) -> None:
+    expected = reference(case.model.num_experts)
+    for rank, outcome in enumerate(trained(size)[str(case)]):
+        for step in range(STEPS):
+            where = f"rank {rank}, step {step}"
+            assert relative(outcome.losses[step], expected.losses[step]) <= RELATIVE, where
+            assert relative(outcome.norms[step], expected.norms[step]) <= RELATIVE, where
+        assert outcome.final.keys() == expected.final.keys()
+        for name, weights in expected.final.items():
+            difference = (outcome.final[name] - weights).norm() / weights.norm()
+            assert difference <= RELATIVE, f"rank {rank}, {name}"
+            moved = (weights - expected.initial[name]).norm()
+            assert moved > 100 * RELATIVE * weights.norm(), f"{name} hardly trains: no test"
+
+
+@pytest.mark.parametrize(("size", "case"), ALL)
+def test_initial_weights_are_those_of_one_process(size: int, case: Case) -> None:
+    expected = reference(case.model.num_experts).initial
+    for outcome in trained(size)[str(case)]:
+        assert outcome.initial.keys() == expected.keys()
+        for name, weights in expected.items():
+            assert torch.equal(outcome.initial[name], weights), name
+
+
+@pytest.mark.parametrize(("size", "case"), ROUNDED)
+def test_bf16_stays_within_its_rounding_of_fp32(size: int, case: Case) -> None:
+    # bf16 rounds to 2^-9 = 0.2 %; errors of many roundings add up in the norm, average in the loss.
+    expected = reference(case.model.num_experts)
+    for outcome in trained(size)[str(case)]:
+        assert outcome.losses != expected.losses
+        for step in range(STEPS):
+            assert relative(outcome.losses[step], expected.losses[step]) <= 2e-3
+            assert relative(outcome.norms[step], expected.norms[step]) <= 3e-2
+        assert all(weights.dtype == torch.float32 for weights in outcome.final.values())
+
+
+# ---- what a rank holds ----
+
+
+@dataclass
+class Holding:
+    """Elements that one rank holds of each parameter, and bytes of all its tensors over time."""
+
+    parameters: dict[str, int]
+    moments: dict[str, int]
+    rest_bytes: int
+    """Between two steps: weights and both moments."""
+    forward_bytes: int
+    """At the end of a forward pass."""
+    accumulating_bytes: int
+    """Between two backward passes of one step."""
+
+
+def tensor_bytes() -> int:
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(size for pointer, size in storages.items() if pointer)
+
+
+def hold(device: torch.device, cases: list[Case]) -> list[Holding]:
+    holdings = []
+    for case in cases:
+        before = tensor_bytes()
+        model, engine = build(device, case)
+        optimizer = Optimizer(engine, OPTIM)
+        batches = [
+            # Few tokens, so that activations weigh nothing beside the weights.
+            MicroBatch(
+                torch.arange(2 * i, 2 * i + 2)[None],
+                torch.arange(2 * i + 1, 2 * i + 3)[None],
+                torch.tensor([0, 2], dtype=torch.int32),
+                2,
+            )
+            for i in range(2)
+        ]
+        during: list[int] = []
+        hook = model.norm.register_forward_pre_hook(lambda *_: during.append(tensor_bytes()))
+        for index, batch in enumerate(batches):
+            engine.begin_micro_batch(is_last=index == 1)
+            forward(model, batch).loss_sum.backward()
+            if index == 0:
+                accumulating = tensor_bytes()
+        hook.remove()
+        engine.clip_grad_norm(MAX_NORM)
+        optimizer.step(1e-3)
+        moments = {name: moment.to_local().numel() for name, moment in optimizer.named_moments()}
+        parameters = {name: p.to_local().numel() for name, p in engine.parameters.items()}
+        rest = tensor_bytes()
+        holdings.append(
+            Holding(parameters, moments, rest - before, during[0] - before, accumulating - before)
+        )
+        del model, engine, optimizer, hook
+    return holdings
+
+
+HELD = [*EVERYWHERE, *[Case(dense, expert, FEW_EXPERTS) for dense, expert in [(3, None), (0, 2)]]]
+
+
+@cache
+def held() -> dict[str, list[Holding]]:
+    by_rank = run_world(hold, 4, HELD)
+    return {str(case): list(holdings) for case, holdings in zip(HELD, zip(*by_rank))}
+
+
+def shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in TextModel(config, MoEConfig()).named_parameters()}
+
+
+@pytest.mark.parametrize("case", HELD, ids=str)
+def test_every_parameter_is_held_as_its_stage_says(case: Case) -> None:
+    expert_stage = case.dense if case.expert is None else case.expert
+    by_rank = held()[str(case)]
+    for name, shape in shapes(case.model).items():
+        parts = [holding.parameters[name] for holding in by_rank]
+        stage = expert_stage if ".experts." in name else case.dense
+        if stage == 0:
+            assert parts == [shape.numel()] * 4, name
+        else:
+            assert sum(parts) == shape.numel(), name
+            # Split along the first dim that there is enough of; four do not divide 301.
+            dim = 1 if ".experts." in name and shape[0] < 4 else 0
+            largest = math.ceil(shape[dim] / 4) * shape.numel() // shape[dim]
+            assert max(parts) == largest, name
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert [holding.moments[f"{moment}.{name}"] for holding in by_rank] == parts, name
+    assert any(".experts." in name for name in by_rank[0].parameters)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_memory_of_each_stage(stage: int) -> None:
+    # The table at the top of parallel/zero.py, in bytes that are really held.
+    model = 4 * sum(shape.numel() for shape in shapes(MANY_EXPERTS).values())
+    share = {0: 1.0}.get(stage, 0.25)
+    kept_gradients = {0: 1.0, 1: 1.0, 2: 0.25, 3: 0.25}[stage]
+    gathered = {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}[stage]
+    for holding in held()[f"{stage}/None-4experts-float32-none"]:
+        assert holding.rest_bytes == pytest.approx(3 * share * model, rel=0.1)
+        assert holding.accumulating_bytes == pytest.approx(
+            (3 * share + kept_gradients + (gathered if stage < 3 else 0)) * model, rel=0.15
+        )
+        assert holding.forward_bytes < holding.accumulating_bytes + 0.75 * model

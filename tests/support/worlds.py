@@ -1,0 +1,107 @@
+"""Run a function in several gloo processes."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+# A fork server is a fresh process that has imported torch once, and nothing else has happened in
+# it: its children start clean like spawned ones, without seconds of importing each.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["fulmen.trainer.run", "fulmen.launch.pretrain"])
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun would put into the environment of one rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def run_world(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 90) -> list:
+    """Call `function(device, *args)` in `size` processes that form one world; results by rank.
+
+    `function` is a module's own (children import it by name). What a rank raises is raised here,
+    with that rank's traceback as a note; a world that hangs is killed and is a `TimeoutError`.
+    """
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, size, port, function, args))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return _collect(pipes, processes, timeout_s)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Connection], processes: list[BaseProcess], timeout_s: float) -> list:
+    deadline = time.monotonic() + timeout_s
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            missing = sorted(set(range(len(pipes))) - set(results))
+            raise TimeoutError(f"ranks {missing} did not finish within {timeout_s} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                error, result = pickle.loads(pipes[rank].recv_bytes())
+            except EOFError:
+                processes[rank].join()
+                raise RuntimeError(f"rank {rank} died: {processes[rank].exitcode}") from None
+            if error is not None:
+                raise error
+            results[rank] = result
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(
+    pipe: Connection, rank: int, size: int, port: int, function: Callable[..., Any], args: tuple
+) -> None:
+    os.environ.update(rank_environment(rank, size, port))
+    try:
+        # Plain pickle copies tensors; a multiprocessing queue would share memory that dies with us.
+        message = pickle.dumps((None, _join_and_call(function, args)))
+    except BaseException as error:
+        error.add_note(f"in rank {rank} of {size}:\n{traceback.format_exc()}")
+        message = pickle.dumps((error, None))
+    pipe.send_bytes(message)
+
+
+def _join_and_call(function: Callable[..., Any], args: tuple) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from fulmen.parallel.mesh import join_world
+
+    torch.set_num_threads(1)
+    device = join_world()
+    result = function(device, *args)
+    dist.barrier()
+    dist.destroy_process_group()
+    return result
