@@ -10,58 +10,58 @@ from omegaconf import MISSING
 class SourceConfig:
     """One prepared folder in the mixture."""
 
-    # Folder written by launch/prepare_data.py.
     path: str = MISSING
-    # Share of the mixture's tokens, relative to the other sources; 0 turns the source off.
+    """Folder written by launch/prepare_data.py."""
     weight: float = 1.0
+    """Share of the mixture's tokens, relative to the other sources; 0 turns the source off."""
 
 
 @dataclass
 class DataConfig:
     """What the loader feeds to a training run."""
 
-    # Tokens in a row, the unit of packing; a longer document is cut into pieces of this length.
     seq_len: int = MISSING
-    # Tokens in one optimiser step over all ranks, padding included.
+    """Tokens in a row, the unit of packing; a longer document is cut into pieces of this length."""
     global_batch_tokens: int = MISSING
-    # Prepared folders by name; a name is a key of metrics, so keep it short.
+    """Tokens in one optimiser step over all ranks, padding included."""
     sources: dict[str, SourceConfig] = MISSING
-    # Steps which a background thread keeps ready; 0 loads in the training thread.
+    """Prepared folders by name; a name is a key of metrics, so keep it short."""
     prefetch_steps: int = 2
+    """Steps which a background thread keeps ready; 0 loads in the training thread."""
 
 
 @dataclass
 class PrepareConfig:
     """One run of launch/prepare_data.py."""
 
-    # Files, globs or folders (searched whole): one string or a list of them.
     input: Any = MISSING
-    # Folder to write; one folder is one source of a mixture.
+    """Files, globs or folders (searched whole): one string or a list of them."""
     output: str = MISSING
-    # tokenizer.json, a folder which holds one, or "train" for a byte-level BPE of this input.
+    """Folder to write; one folder is one source of a mixture."""
     tokenizer: str = "train"
-    # Entries of a trained tokenizer, end-of-document token included.
+    """tokenizer.json, a folder which holds one, or "train" for a byte-level BPE of this input."""
     vocab_size: int = 8192
-    # Text, in MB, from which a tokenizer is trained, drawn evenly from the input files.
+    """Entries of a trained tokenizer, end-of-document token included."""
     train_sample_mb: float = 50.0
-    # Name of the token put after each document; the tokenizer must have it.
+    """Text, in MB, from which a tokenizer is trained, drawn evenly from the input files."""
     end_of_document: str = "<end_of_document>"
-    # Field (jsonl) or column (parquet) which holds the text.
+    """Name of the token put after each document; the tokenizer must have it."""
     text_field: str = "text"
-    # What is one document of a plain text file: "file" or "line".
+    """Field (jsonl) or column (parquet) which holds the text."""
     document_per: str = "file"
-    # File name endings taken from folders; files and globs given by name are always taken.
+    """What is one document of a plain text file: "file" or "line"."""
     suffixes: list[str] = field(
         default_factory=lambda: [
             ".txt", ".md", ".rst", ".py",
             ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet",
         ]
     )  # fmt: skip
-    # Share of documents, chosen by a hash of their text, which goes to the split "valid".
+    """File name endings taken from folders; files and globs given by name are always taken."""
     validation_fraction: float = 0.005
-    # Tokens, of all splits, after which a shard is closed; a killed run loses at most one.
+    """Share of documents, chosen by a hash of their text, which goes to the split "valid"."""
     shard_tokens: int = 100_000_000
-    # Fail when more than this share of lines or documents is malformed.
+    """Tokens, of all splits, after which a shard is closed; a killed run loses at most one."""
     max_rejected_fraction: float = 0.5
-    # Tokenising processes; 0 takes every core this process may use.
+    """Fail when more than this share of lines or documents is malformed."""
     num_workers: int = 0
+    """Tokenising processes; 0 takes every core this process may use."""

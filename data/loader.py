@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+
 from fulmen.data.config import SourceConfig
 from fulmen.data.mixture import Mixture
 from fulmen.data.packing import (
@@ -33,20 +34,20 @@ _STATE_VERSION = 1
 class StepBatch:
     """What one optimiser step trains on; the totals are over all data-parallel ranks."""
 
-    # Micro-batches of this rank, in order.
     micro_batches: list[PackedBatch]
-    # Real tokens, padding left out.
+    """Micro-batches of this rank, in order."""
     num_tokens: int
-    # Tokens with a label.
+    """Real tokens, padding left out."""
     num_labels: int
-    # Sum over documents (pieces of a cut one apart) of length^2, for attention FLOPs.
+    """Tokens with a label."""
     sum_squared_lengths: int
-    # Real tokens of this step by source.
+    """Sum over documents (pieces of a cut one apart) of length^2, for attention FLOPs."""
     source_tokens: dict[str, int]
-    # Hash of what the step holds: equal digest = equal micro-batches.
+    """Real tokens of this step by source."""
     digest: str
-    # JSON-able state after this step: give it to a new loader to go on from here.
+    """Hash of what the step holds: equal digest = equal micro-batches."""
     state: dict[str, Any]
+    """JSON-able state after this step: give it to a new loader to go on from here."""
 
 
 @dataclass(frozen=True)

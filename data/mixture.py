@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from fulmen.data.permutation import RandomOrder
 from fulmen.data.shards import PreparedSplit
 

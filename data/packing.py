@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fulmen.data.shards import IntArray, PreparedSplit
 from torch import Tensor
+
+from fulmen.data.shards import IntArray, PreparedSplit
 
 IGNORE_LABEL = -100
 # Documents that found no row and wait for the next step; more of them fill the rows better.
@@ -31,14 +32,14 @@ SOURCE, DOCUMENT, START, LENGTH, LAST = range(5)
 class PackedBatch:
     """One micro-batch of T tokens on the CPU: documents back to back, padding at the very end."""
 
-    # [1, T] int64; 0 in the padding.
     input_ids: Tensor
-    # [1, T] int64; -100 at the last token of a document and in the padding.
+    """[1, T] int64; 0 in the padding."""
     labels: Tensor
-    # [documents + 1] int32, from 0 to T; the padding, if any, is the last document.
+    """[1, T] int64; -100 at the last token of a document and in the padding."""
     cu_seqlens: Tensor
-    # Real tokens: T less the padding.
+    """[documents + 1] int32, from 0 to T; the padding, if any, is the last document."""
     num_tokens: int
+    """Real tokens: T less the padding."""
 
 
 def pack_rows(

@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+
 from fulmen.data.shards import IntArray
 
 _ROUNDS = 8

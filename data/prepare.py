@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
 from fulmen.data.config import PrepareConfig
 from fulmen.data.reading import InputFile, check_parquet, input_signature, list_input, read_chunks
 from fulmen.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, file_sha256, read_manifest
@@ -27,9 +31,6 @@ from fulmen.data.tokenise import (
     train_tokenizer,
 )
 from fulmen.data.writing import ShardWriter, as_json, write_whole
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 REJECTED_FILE = "rejected.jsonl"

@@ -1,9 +1,9 @@
 """Read raw documents: from files, globs and folders to chunks of undecoded lines or files.
 
 Lines stay bytes until a tokenising process decodes them, so one bad byte costs one line and
-not the file. `datasets`' own text builder is not used for them: on compressed files it dies at
-the first invalid byte, it takes a lone carriage return for the end of a line (which shifts line
-numbers), and it reads the first frame only of a .zst file of several.
+not the file. The text builder of `datasets` is not used for them: on compressed files it dies at
+the first invalid byte whatever encoding is asked for, and it takes a lone carriage return for the
+end of a line, which shifts line numbers. Its json builder dies at the first malformed line.
 """
 
 import glob
@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, cast
 # Text in one task of a tokenising process: large enough to hide what a task costs, small enough
 # that all processes end together.
 CHUNK_BYTES = 512 * 1024
-_PARQUET_ROWS = 256
+# Few, because a row may be a whole book.
+_PARQUET_ROWS = 64
 _SIGNATURE_BYTES = 64 * 1024
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from fulmen.data.reading import Chunk
 from fulmen.data.shards import IntArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 REJECTED, EMPTY = -1, 0
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

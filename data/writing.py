@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from fulmen.data.reading import Chunk, InputFile
 from fulmen.data.shards import SPLITS, IntArray
 from fulmen.data.tokenise import EMPTY, REJECTED, EncodedChunk

@@ -3,13 +3,11 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,9 +45,6 @@ class ExportConfig:
     """bfloat16 (the weights are rounded) or float32 (exact)."""
     max_shard_gib: float = 5.0
     """Largest file, unless a single tensor is larger; also about the memory it takes."""
-
-
-ConfigStore.instance().store(name="export_hf_schema", node=ExportConfig)
 
 
 def export(config: ExportConfig, console: Console) -> None:
@@ -175,23 +170,17 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def run(config: Any) -> None:
+def run(config: ExportConfig) -> None:
     """What Hydra calls; mistakes of the user leave as `ValueError`."""
-    missing = OmegaConf.missing_keys(config)
-    if missing:
-        raise ValueError(f"no value for {', '.join(sorted(missing))}")
-    settings = OmegaConf.to_object(config)
-    assert isinstance(settings, ExportConfig)
     try:
-        export(settings, Console(stderr=True))
+        export(config, Console(stderr=True))
     except OSError as error:
         raise ValueError(str(error)) from error
 
 
 def main() -> None:
     """Entry point."""
-    known = [field.name for field in fields(ExportConfig)]
-    run_hydra(run, "export_hf", suggest=lambda key: get_close_matches(key, known))
+    run_hydra(run, "export_hf", ExportConfig)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 Keys and their defaults: recipes/generate.yaml.
 """
 
-import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from fulmen.launch.hydra_main import run_hydra
@@ -38,10 +35,8 @@ class GenerateConfig:
     """float32 or bfloat16."""
 
 
-def sample(composed: Any) -> None:
+def sample(config: GenerateConfig) -> None:
     """Load, continue each prompt, print; with `run`, also add the samples to the report."""
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, GenerateConfig)
     checkpoint = find_checkpoint(config)
 
     import torch
@@ -111,15 +106,9 @@ def find_tokenizer(config: GenerateConfig, checkpoint: Path) -> Path:
     return path
 
 
-def nearest(unknown: str) -> list[str]:
-    """Known keys that look like `unknown`."""
-    return difflib.get_close_matches(unknown, [item.name for item in fields(GenerateConfig)])
-
-
 def main() -> None:
     """Entry point."""
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    run_hydra(sample, "generate", suggest=nearest)
+    run_hydra(sample, "generate", GenerateConfig)
 
 
 if __name__ == "__main__":

@@ -5,34 +5,41 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from fulmen.trainer.config import nearest_keys, to_dataclass
+
 RECIPES = str(Path(__file__).resolve().parent.parent / "recipes")
+Schema = TypeVar("Schema")
 
 
-def run_hydra(
-    function: Callable[[Any], None], config_name: str, *, suggest: Callable[[str], list[str]]
-) -> None:
+def run_hydra(function: Callable[[Schema], None], config_name: str, schema: type[Schema]) -> None:
     """Compose `recipes/<config_name>.yaml` with the command line and call `function` with it.
 
-    A bad key or value, or a `ValueError` of `function`'s (which says what the user can change),
-    ends the process with status 1 and one message, without a traceback. `suggest` gives the known
-    keys nearest to an unknown one.
+    The YAML's first default is `<config_name>_schema`, which stands for `schema`. A bad key or
+    value, or a `ValueError` of `function`'s (which says what the user can change), ends the process
+    with status 1 and one message, without a traceback.
     """
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of ending the process
+
+    def call(composed: Any) -> None:
+        function(to_dataclass(composed, schema))
+
     try:
-        hydra.main(version_base="1.3", config_path=RECIPES, config_name=config_name)(function)()
+        hydra.main(version_base="1.3", config_path=RECIPES, config_name=config_name)(call)()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {explain(error, suggest)}")
+        sys.exit(f"error: {explain(error, schema)}")
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
-def explain(error: Exception, suggest: Callable[[str], list[str]]) -> str:
+def explain(error: Exception, schema: type) -> str:
     """One message for a configuration error, with the nearest known keys for an unknown one."""
     messages = []
     current: BaseException | None = error
@@ -40,12 +47,11 @@ def explain(error: Exception, suggest: Callable[[str], list[str]]) -> str:
         messages.append(str(current))
         current = current.__cause__
     text = "\n".join(messages)
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(
-        r"full_key: (\S+)", text
-    )
+    unknown = re.search(r"Could not override '([^']+)'|full_key: (\S+)", text)
     if unknown and re.search(r"Key '\S+' (is )?not in", text):
-        near = suggest(unknown.group(1))
+        key = unknown.group(1) or unknown.group(2)
+        near = nearest_keys(key, schema)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        return f"unknown key {unknown.group(1)}{hint}"
+        return f"unknown key {key}{hint}"
     lines = [line for line in dict.fromkeys(text.splitlines()) if not line.startswith("    ")]
     return "\n".join(lines)

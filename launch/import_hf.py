@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -36,9 +34,6 @@ class ImportConfig:
     """Folder with config.json and safetensors files, released keys, either kind of config.json."""
     output: str = MISSING
     """Checkpoint folder to make."""
-
-
-ConfigStore.instance().store(name="import_hf_schema", node=ImportConfig)
 
 
 class ReleasedFiles:
@@ -159,23 +154,17 @@ def _check_index(folder: Path, listed: Mapping[str, str], found: Mapping[str, st
         )
 
 
-def run(config: Any) -> None:
+def run(config: ImportConfig) -> None:
     """What Hydra calls; mistakes of the user leave as `ValueError`."""
-    missing = OmegaConf.missing_keys(config)
-    if missing:
-        raise ValueError(f"no value for {', '.join(sorted(missing))}")
-    settings = OmegaConf.to_object(config)
-    assert isinstance(settings, ImportConfig)
     try:
-        import_released(settings, Console(stderr=True))
+        import_released(config, Console(stderr=True))
     except OSError as error:
         raise ValueError(str(error)) from error
 
 
 def main() -> None:
     """Entry point."""
-    known = [field.name for field in fields(ImportConfig)]
-    run_hydra(run, "import_hf", suggest=lambda key: get_close_matches(key, known))
+    run_hydra(run, "import_hf", ImportConfig)
 
 
 if __name__ == "__main__":

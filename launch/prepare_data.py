@@ -9,10 +9,11 @@ import os
 import sys
 
 import hydra
-from fulmen.data.config import PrepareConfig
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
+
+from fulmen.data.config import PrepareConfig
 
 ConfigStore.instance().store(name="prepare_data_schema", node=PrepareConfig)
 
@@ -30,9 +31,12 @@ def check_keys(overrides: list[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="prepare_data")
 def run(config: DictConfig) -> None:
-    # Here, because the tokenising processes import this file too and need neither.
-    from fulmen.data.prepare import prepare
+    # `datasets` would import torch: a second of start for nothing.
+    os.environ.setdefault("USE_TORCH", "0")
+    # Imported here, because the tokenising processes import this file too and need neither.
     from rich.console import Console
+
+    from fulmen.data.prepare import prepare
 
     try:
         settings = OmegaConf.to_object(config)
@@ -42,6 +46,8 @@ def run(config: DictConfig) -> None:
         sys.exit(f"prepare_data: {error.full_key or error}= must be given")
     except ValueError as error:
         sys.exit(f"prepare_data: {error}")
+    except KeyboardInterrupt:
+        sys.exit("prepare_data: interrupted; the same command goes on from the finished shards")
 
 
 def main() -> None:

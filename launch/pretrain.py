@@ -1,17 +1,15 @@
 """Train: `torchrun --nproc-per-node 8 launch/pretrain.py recipe=text01_tiny [key=value ...]`."""
 
 import os
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
 from fulmen.launch.hydra_main import run_hydra
-from fulmen.trainer.config import RunConfig, check_config, nearest_keys, register, to_run_config
+from fulmen.trainer.config import RunConfig, check_config
 
 
-def pretrain(composed: Any) -> None:
+def pretrain(config: RunConfig) -> None:
     """Check the configuration, join the other ranks, train."""
-    config = to_run_config(composed)
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
     train(config, HydraConfig.get().runtime.choices["recipe"])
 
@@ -33,8 +31,7 @@ def train(config: RunConfig, recipe: str) -> None:
 
 def main() -> None:
     """Entry point."""
-    register()
-    run_hydra(pretrain, "config", suggest=nearest_keys)
+    run_hydra(pretrain, "config", RunConfig)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class MoE(nn.Module):
 
 
 def count_assignments(experts: Tensor, num_experts: int) -> Tensor:
-    """`[num_experts]` int64 assignments per expert; dropped ones (id `num_experts`) do not count."""
+    """`[num_experts]` int64 assignments per expert, without dropped ones (id `num_experts`)."""
     flat = experts.flatten()
     counts = flat.new_zeros(num_experts + 1)  # not bincount, which makes the host wait for a GPU
     return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]

@@ -21,11 +21,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from fulmen.trainer.manifest import CheckpointError, describe, verify, write_manifest
+from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, describe, verify, write_manifest
 from fulmen.trainer.run_log import log
 
 STATE_FILE = "trainer_state.json"
-CONFIG_FILE = "config.yaml"
 LATEST = "latest"
 
 
@@ -90,23 +89,33 @@ class Checkpointer:
         dist.all_gather_object(reasons, reason, group=self._group)
         return next((r for r in reasons if r is not None), None)
 
+    def abandon_after(self, path: Path) -> None:
+        """Rename the checkpoints newer than `path`, so that `auto` does not go back to them."""
+        for newer in _newest_first(self._listing()):
+            if (step_of(newer) or 0) > (step_of(path) or 0):
+                _set_aside(newer)
+        dist.barrier(group=self._group)
+
     def load(self, path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
         """Fill `tensors` in place from a checkpoint that was found whole.
 
         Returns the trainer's state (empty for imported weights) and the names that the checkpoint
-        does not have. A `model.*` tensor that is missing or has another shape is an error.
+        does not have. A `model.*` tensor missing, left over or of another shape is an error.
         """
         reader = dcp.FileSystemReader(path)
         stored = reader.read_metadata().state_dict_metadata
         absent = [name for name in tensors if name not in stored]
         for name, tensor in tensors.items():
             if name in absent and name.startswith("model."):
-                raise CheckpointError(f"{path} has no {name}: it is of another model")
+                raise CheckpointError(f"{path} is of another model: it has no {name}")
             size = getattr(stored.get(name), "size", tensor.shape)
             if size != tensor.shape:
                 raise CheckpointError(
                     f"{path}: {name} has shape {tuple(size)}, this model's is {tuple(tensor.shape)}"
                 )
+        for name in stored:
+            if name.startswith("model.") and name not in tensors:
+                raise CheckpointError(f"{path} is of another model: it has {name}")
         wanted = {name: tensor for name, tensor in tensors.items() if name not in absent}
         dcp.load(wanted, storage_reader=reader, process_group=self._group)
         file = path / STATE_FILE
@@ -137,14 +146,17 @@ class Checkpointer:
             _set_aside(final)
             temporary.rename(final)
             _point_latest(self.folder / LATEST, final.name)
-            self._delete_old()
+            self._delete_old(step)
         dist.barrier(group=self._group)
 
-    def _delete_old(self) -> None:
-        for path in _newest_first(self._listing())[self._keep :]:
-            doomed = path.with_name(f".{path.name}.deleting")
-            path.rename(doomed)  # so that a half-deleted folder is never taken for a checkpoint
-            shutil.rmtree(doomed, ignore_errors=True)
+    def _delete_old(self, step: int) -> None:
+        # Those of later steps are broken, or they would have been resumed from: they do not count.
+        written = [path for path in self._listing() if (step_of(path) or 0) <= step]
+        for path in _newest_first(written)[self._keep :]:
+            # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
+            path.rename(path.with_name(f".{path.name}.deleting"))
+        for leftover in self.folder.glob(".step_*"):  # of this run, or of one that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _listing(self) -> list[Path]:
         return list(self.folder.glob("step_*")) if self._rank == 0 else []

@@ -4,15 +4,16 @@ import difflib
 import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from fulmen.data.config import DataConfig
 from fulmen.models.config import ModelConfig, MoEConfig, check_model
 from fulmen.parallel.config import ParallelConfig, check_parallel
 from fulmen.trainer.metrics import LogConfig
+
+Schema = TypeVar("Schema")
 
 
 @dataclass
@@ -131,21 +132,16 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-def register() -> None:
-    """Make the schema known to Hydra as `run_schema`."""
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
-
-
-def to_run_config(config: Any) -> RunConfig:
-    """A composed Hydra config as dataclasses; `ValueError` naming a key that was left out."""
-    missing = sorted(OmegaConf.missing_keys(config))
+def to_dataclass(composed: Any, schema: type[Schema]) -> Schema:
+    """A composed Hydra config as `schema`; `ValueError` naming the keys that were left out."""
+    missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ValueError(
             f"no value for {', '.join(missing)}: set it in the recipe or on the command line"
         )
-    run = OmegaConf.to_object(config)
-    assert isinstance(run, RunConfig)
-    return run
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, schema)
+    return config
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
@@ -215,9 +211,9 @@ def check_run_folder(folder: Path) -> None:
         ) from None
 
 
-def nearest_keys(unknown: str) -> list[str]:
-    """Known keys that look like `unknown`, best first."""
-    return difflib.get_close_matches(unknown, _all_keys(RunConfig), n=3, cutoff=0.6)
+def nearest_keys(unknown: str, schema: type) -> list[str]:
+    """Keys of `schema` that look like `unknown`, best first."""
+    return difflib.get_close_matches(unknown, _all_keys(schema), n=3, cutoff=0.6)
 
 
 def _all_keys(schema: type, prefix: str = "") -> list[str]:

@@ -29,6 +29,7 @@ from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
 from fulmen.trainer.schedule import batch_tokens, learning_rate, total_tokens
 from fulmen.trainer.step_stats import StepStats
+from fulmen.trainer.weights import check_same_model
 
 
 class Trainer:
@@ -67,6 +68,7 @@ class Trainer:
         config = self.config
         if self.finished:
             log.info("nothing to do: %d steps, %d tokens are trained", self.step, self.tokens)
+            self._mark_done()  # it may have been killed just before
             return
         with self._open_metrics() as metrics:
             self._throughput.restart()
@@ -93,8 +95,7 @@ class Trainer:
                     self.save(batch.state, grad_norm)
                     self._throughput.restart()
             self.checkpointer.wait()
-        if self.mesh.rank == 0:
-            (self.run_dir / DONE).touch()
+        self._mark_done()
 
     def train_step(self, batch: StepBatch) -> tuple[StepStats, torch.Tensor, float]:
         """One optimiser step; returns device-side statistics, gradient norm and learning rate."""
@@ -160,23 +161,11 @@ class Trainer:
         return tensors
 
     def _resume(self) -> dict[str, Any] | None:
-        """Load the checkpoint that `checkpoint.resume` names; returns the loader's state."""
-        resume = self.config.checkpoint.resume
-        path: Path | None
-        if resume in ("auto", "never"):
-            path = self.checkpointer.find_newest()
-            if path is not None and resume == "never":
-                raise ValueError(
-                    f"checkpoint.resume=never, but this run already has {path}: choose another "
-                    "run_id, so that nothing is overwritten"
-                )
-        else:
-            path = Path(resume)
-            fault = self.checkpointer.find_fault(path)
-            if fault is not None:
-                raise CheckpointError(f"checkpoint.resume={resume}: {fault}")
+        """Load the checkpoint that `checkpoint.resume` asks for; returns the loader's state."""
+        path = self._checkpoint_to_resume()
         if path is None:
             return None
+        check_same_model(path, self.config.model)
         tensors = self._tensors()
         state, absent = self.checkpointer.load(path, tensors)
         if not state:
@@ -190,6 +179,30 @@ class Trainer:
         self.optimizer.set_steps(state["optimizer_steps"])
         log.info("resumed at step %d, %d tokens, from %s", self.step, self.tokens, path)
         return state["loader"]
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        resume, own = self.config.checkpoint.resume, self.checkpointer.find_newest()
+        if resume == "auto":
+            return own
+        if resume == "never":
+            if own is not None:
+                raise ValueError(
+                    f"checkpoint.resume=never, but this run already has {own}: choose another "
+                    "run_id, so that nothing is overwritten"
+                )
+            return None
+        path = Path(resume).resolve()
+        is_rewind = path.parent == self.checkpointer.folder.resolve()
+        if own is not None and not is_rewind:
+            # A requeued job repeats its command line; it must not fall back to where it began.
+            log.info("checkpoint.resume=%s is passed over: this run has gone on from there", resume)
+            return own
+        fault = self.checkpointer.find_fault(path)
+        if fault is not None:
+            raise CheckpointError(f"checkpoint.resume={resume}: {fault}")
+        if is_rewind:
+            self.checkpointer.abandon_after(path)
+        return path
 
     def _open_loader(self, state: dict[str, Any] | None) -> PackedLoader:
         config = self.config
@@ -227,6 +240,10 @@ class Trainer:
             total_tokens=total_tokens(self.config),
             total_steps=self.config.trainer.max_steps,
         )
+
+    def _mark_done(self) -> None:
+        if self.mesh.rank == 0:
+            (self.run_dir / DONE).touch()
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+CONFIG_FILE = "config.yaml"
 FORMAT_VERSION = 1
 
 

@@ -92,6 +92,6 @@ def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Opti
     except ImportError:
         raise ValueError(
             "optim.name=apex_fused_adam: NVIDIA apex is not installed (the apex on PyPI is another "
-            "project); build it from github.com/NVIDIA/apex with --cuda_ext, or set optim.name=adamw"
+            "project); build it from NVIDIA's repository with --cuda_ext, or set optim.name=adamw"
         ) from None
     return FusedAdam(groups, lr=config.lr, betas=betas, eps=config.eps, adam_w_mode=True)

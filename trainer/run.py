@@ -5,9 +5,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from fulmen.parallel.mesh import Mesh
-from fulmen.trainer.checkpoint import CONFIG_FILE
 from fulmen.trainer.config import RunConfig, check_run_folder
 from fulmen.trainer.loop import Trainer
+from fulmen.trainer.manifest import CONFIG_FILE
 from fulmen.trainer.report import write_report
 from fulmen.trainer.run_folder import agree_on_folder, update_summary
 from fulmen.trainer.run_log import log, start_logging
@@ -29,6 +29,9 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
             log.info("a unigram model of this data has a loss of %.3f", loss)
             update_summary(run_dir, {"unigram_loss": loss})
         trainer.fit()
+    except Exception:
+        log.exception("the run stops")  # into the log file too, which outlives the terminal
+        raise
     finally:
         trainer.close()
     if mesh.rank == 0:

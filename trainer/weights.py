@@ -5,6 +5,7 @@ inspection need neither. The files are DCP's in both cases.
 """
 
 import dataclasses
+import math
 import os
 import shutil
 import warnings
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -41,30 +43,53 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from fulmen.models.config import ModelConfig
-from fulmen.trainer.manifest import CheckpointError, describe, write_manifest
+from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, describe, write_manifest
 
 PREFIX = "model."
-CONFIG = "config.yaml"
-FILE_BYTES = 8 * 2**30
-"""Aimed size of a file that `save_weights` writes: many enough for ranks to share reading."""
+FILE_BYTES = 4 * 2**30
+"""Aimed size of a file of `save_weights`; DCP holds a file's tensors until it is written."""
 
 
 def load_run_config(path: Path) -> Any:
     """config.yaml of a checkpoint folder, as an OmegaConf tree."""
     try:
-        return OmegaConf.load(path / CONFIG)
+        return OmegaConf.load(path / CONFIG_FILE)
     except OSError as error:
-        raise CheckpointError(f"{path / CONFIG} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path / CONFIG_FILE} cannot be read: {error.strerror}") from None
 
 
 def load_model_config(path: Path) -> ModelConfig:
     """The model that a checkpoint folder holds."""
     group = load_run_config(path).get("model")
     if group is None:
-        raise CheckpointError(f"{path / CONFIG} has no group `model`")
+        raise CheckpointError(f"{path / CONFIG_FILE} has no group `model`")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), group))
     assert isinstance(config, ModelConfig)
     return config
+
+
+def check_same_model(path: Path, model: ModelConfig) -> None:
+    """`CheckpointError` naming the keys if a checkpoint was trained as another model.
+
+    Many of them (rope_theta, the norms' epsilons, the residual's weights) change no shape, so
+    loading alone would not notice.
+    """
+    stored = load_model_config(path)
+    differences = [
+        f"model.{item.name} ({getattr(stored, item.name)} there, {getattr(model, item.name)} here)"
+        for item in dataclasses.fields(ModelConfig)
+        if item.name not in ("softmax_every", "residual_alpha")
+        and getattr(stored, item.name) != getattr(model, item.name)
+    ]
+    if not math.isclose(stored.alpha, model.alpha):
+        differences.append(f"model.residual_alpha ({stored.alpha} there, {model.alpha} here)")
+    kinds = [[c.is_softmax(layer) for layer in range(c.num_layers)] for c in (stored, model)]
+    if kinds[0] != kinds[1]:
+        differences.append(
+            f"model.softmax_every ({stored.softmax_every} there, {model.softmax_every} here)"
+        )
+    if differences:
+        raise CheckpointError(f"{path} is of another model: {', '.join(differences)}")
 
 
 class CheckpointWeights:
@@ -159,15 +184,18 @@ def save_weights(
 ) -> None:
     """Write a checkpoint folder that holds fp32 weights only; a run can start from it.
 
-    One piece is in memory at a time. `config` becomes config.yaml. The folder appears under its
-    name when it is whole; one that exists is refused.
+    The pieces of one file, `FILE_BYTES`, are in memory at a time. `config` becomes config.yaml. The
+    folder appears under its name when it is whole; one that exists is refused.
     """
     with new_folder(target) as folder:
         planner = _PiecePlanner(pieces, on_fetch)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            save({}, storage_writer=_SplitWriter(folder), planner=planner, no_dist=True)
-        OmegaConf.save(OmegaConf.create(dict(config)), folder / CONFIG)
+            try:
+                save({}, storage_writer=_SplitWriter(folder), planner=planner, no_dist=True)
+            except CheckpointException as error:  # hides what happened from `except OSError`
+                raise error.failures[0][0] from None
+        OmegaConf.save(OmegaConf.create(dict(config)), folder / CONFIG_FILE)
         names = sorted(path.name for path in folder.iterdir())
         write_manifest(folder, {name: describe(folder, name) for name in names})
 

@@ -21,7 +21,7 @@ def softmax_attention(
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"softmax_attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads"
+            f"softmax_attention: {q.shape[2]} query heads are no multiple of {k.shape[2]} kv heads"
         )
     if cu_seqlens is None:
         return _attend(q, k, v)

@@ -1,5 +1,7 @@
 """The public op: argument checks, and the choice between one row and packed documents."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def lightning_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal linear attention with decay: `S_t = exp(-slope) S_{t-1} + k_t v_t^T`, `o_t = q_t^T S_t`.
+    """Linear attention with decay: `S_t = exp(-slope) S_{t-1} + k_t v_t^T`, `o_t = q_t^T S_t`.
 
     Args:
         q, k, v: `[batch, tokens, heads, head_dim]`, one dtype; no scaling is applied.
@@ -33,7 +35,7 @@ def lightning_attention(
     """
     if not q.shape == k.shape == v.shape or q.dim() != 4:
         raise ValueError(
-            "lightning_attention: q, k and v must share one shape [batch, tokens, heads, head_dim], "
+            "lightning_attention: q, k, v must share one shape [batch, tokens, heads, head_dim], "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if slopes.shape != (q.shape[2],):
@@ -54,7 +56,7 @@ def lightning_attention(
         )
     outputs, states = [], []
     bounds = cu_seqlens.tolist()
-    for index, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
         state = None if initial_state is None else initial_state[index : index + 1]
         output, state = chunked_lightning_attention(
             q[:, start:end], k[:, start:end], v[:, start:end], slopes, None, state, True

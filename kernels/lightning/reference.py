@@ -17,11 +17,11 @@ def chunked_lightning_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Block form of the recurrence (arXiv:2501.08313, algorithm 1), with decay and documents.
 
-    Shapes as in `lightning_attention`; `cu_seqlens` excludes states. With `l = exp(-slope)`, a token
-    at offset i of a chunk gets `sum_{j<=i} l^(i-j) (q_i k_j) v_j` from its chunk and `l^(i+1) q_i S`
-    from the state S before it; then `S <- l^n S + sum_j l^(n-1-j) k_j v_j^T`. A document boundary
-    inside a chunk removes the terms that would cross it. Every exponent is <= 0, so nothing
-    overflows however large slope x length is.
+    Shapes as in `lightning_attention`; `cu_seqlens` excludes states. With `l = exp(-slope)`, a
+    token at offset i of a chunk gets `sum_{j<=i} l^(i-j) (q_i k_j) v_j` from its chunk and
+    `l^(i+1) q_i S` from the state S before it; then `S <- l^n S + sum_j l^(n-1-j) k_j v_j^T`. A
+    document boundary inside a chunk removes the terms that would cross it. Every exponent is <= 0,
+    so nothing overflows however large slope x length is.
     """
     batch, tokens, heads, head_dim = q.shape
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32

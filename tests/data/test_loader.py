@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeFolder
+from omegaconf import OmegaConf
+from support.folders import MakeFolder
+
 from fulmen.data.config import DataConfig, SourceConfig
 from fulmen.data.loader import PackedLoader, StepBatch, evaluation_batches
 from fulmen.data.packing import PackedBatch
 from fulmen.data.permutation import RandomOrder
-from omegaconf import OmegaConf
 
 pytestmark = pytest.mark.fast
 SEQ_LEN, MICRO, BATCH = 32, 64, 512

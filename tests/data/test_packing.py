@@ -5,6 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.folders import write_folder
+
 from fulmen.data.packing import (
     IGNORE_LABEL,
     LENGTH,
@@ -17,8 +21,6 @@ from fulmen.data.packing import (
 )
 from fulmen.data.permutation import RandomOrder
 from fulmen.data.shards import PreparedSplit
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.fast
 quick = settings(max_examples=60, deadline=None, database=None)
@@ -101,8 +103,6 @@ def test_buffers(
 
 
 def open_folder(path: Path, documents: list[list[int]]) -> PreparedSplit:
-    from conftest import write_folder
-
     return PreparedSplit(write_folder(path, documents), "train", name="x", vocab_size=1000)
 
 

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from rich.console import Console
+
 from fulmen.data import prepare as prepare_module
 from fulmen.data.config import PrepareConfig
 from fulmen.data.prepare import prepare
 from fulmen.data.shards import PreparedSplit
 from fulmen.data.tokenise import EncodedChunk, load_tokenizer
-from rich.console import Console
 
 TEXTS = [f"document {number}: the quick brown fox" + " jumps" * number for number in range(40)]
 ODD_TEXTS = [

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MakeFolder
+from support.folders import MakeFolder
+
 from fulmen.data.shards import PreparedSplit
 
 pytestmark = pytest.mark.fast

@@ -20,6 +20,7 @@ from fulmen.trainer.optim import Optimizer
 from support.tiny import VOCAB_SIZE, tiny_model
 from support.worlds import run_world
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ STEPS = 8
 MICRO_BATCHES = 8
 TOKENS = 48
 AUX_LOSS_COEF = 0.05
-MAX_NORM = 1.0
+MAX_NORM = 0.6
 OPTIM = OptimConfig(lr=4e-3)
 
 STAGES = [(0, None), (1, None), (2, None), (3, None), (0, 2), (3, 1), (2, 0)]
@@ -37,6 +38,8 @@ MANY_EXPERTS = tiny_model()
 FEW_EXPERTS = tiny_model(num_experts=2)
 """Fewer experts than the largest world has ranks."""
 RELATIVE = 1e-5
+WEIGHTS_RELATIVE = 3e-5
+"""Adam divides by the gradient's size: where that is near 0, rounding decides the step."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,16 @@ class Case:
 
 EVERYWHERE = [Case(dense, expert) for dense, expert in STAGES]
 CASES = {
-    1: [*EVERYWHERE, Case(1, None, checkpointing="full")],
+    1: [*EVERYWHERE, Case(3, None, checkpointing="full")],
     2: [
         *EVERYWHERE,
-        *[Case(stage, None, checkpointing="full") for stage in (0, 1, 2, 3)],
-        *[Case(stage, None, dtype=torch.bfloat16) for stage in (0, 1, 2, 3)],
+        *[Case(stage, None, checkpointing="full") for stage in (0, 3)],
+        *[Case(stage, None, dtype=torch.bfloat16) for stage in (0, 2)],
+        Case(3, None, checkpointing="full", dtype=torch.bfloat16),
     ],
     4: [
-        *EVERYWHERE,
-        *[Case(dense, expert, FEW_EXPERTS) for dense, expert in [*STAGES[:4], (0, 2)]],
-        Case(3, None, checkpointing="full", dtype=torch.bfloat16),
+        *EVERYWHERE[:5],
+        *[Case(dense, expert, FEW_EXPERTS) for dense, expert in [(1, None), (3, None), (0, 2)]],
     ],
 }
 
@@ -95,7 +98,9 @@ def micro_batches(step: int) -> list[MicroBatch]:
     batches = []
     for index in range(MICRO_BATCHES):
         generator = torch.Generator().manual_seed(1000 * step + index)
-        tokens = torch.randint(VOCAB_SIZE, (1, TOKENS), generator=generator)
+        # Every third step is easy: its few tokens give a gradient that is large.
+        vocabulary = VOCAB_SIZE if step % 3 else 12
+        tokens = torch.randint(vocabulary, (1, TOKENS), generator=generator)
         num_tokens = TOKENS - int(torch.randint(0, 9, (), generator=generator))
         cuts = torch.randperm(num_tokens - 1, generator=generator)[:3].sort().values + 1
         ends = [*cuts.tolist(), num_tokens]
@@ -249,9 +254,9 @@ def test_training_equals_plain_torch(size: int, case: Case) -> None:
         assert outcome.final.keys() == expected.final.keys()
         for name, weights in expected.final.items():
             difference = (outcome.final[name] - weights).norm() / weights.norm()
-            assert difference <= RELATIVE, f"rank {rank}, {name}"
-            moved = (weights - expected.initial[name]).norm()
-            assert moved > 100 * RELATIVE * weights.norm(), f"{name} hardly trains: no test"
+            assert difference <= WEIGHTS_RELATIVE, f"rank {rank}, {name}"
+            moved = (weights - expected.initial[name]).norm() / weights.norm()
+            assert moved > 1e-2, f"{name} hardly trains: no test"
 
 
 @pytest.mark.parametrize(("size", "case"), ALL)
@@ -296,13 +301,19 @@ def tensor_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+        if not isinstance(thing, torch.Tensor):
+            continue
+        # A gradient that only C++ refers to is no object of Python's.
+        for tensor in (thing, thing.grad if thing.is_leaf else None):
+            plain = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if plain is not None and plain.device.type == "cpu":
+                storage = plain.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(size for pointer, size in storages.items() if pointer)
 
 
 def hold(device: torch.device, cases: list[Case]) -> list[Holding]:
+    gc.freeze()  # leaves the objects of all imported modules out of the search
     holdings = []
     for case in cases:
         before = tensor_bytes()
@@ -375,13 +386,16 @@ def test_every_parameter_is_held_as_its_stage_says(case: Case) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_memory_of_each_stage(stage: int) -> None:
     # The table at the top of parallel/zero.py, in bytes that are really held.
-    model = 4 * sum(shape.numel() for shape in shapes(MANY_EXPERTS).values())
-    share = {0: 1.0}.get(stage, 0.25)
-    kept_gradients = {0: 1.0, 1: 1.0, 2: 0.25, 3: 0.25}[stage]
-    gathered = {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}[stage]
+    whole = 4 * sum(shape.numel() for shape in shapes(MANY_EXPERTS).values())
+    one_unit = 4 * VOCAB_SIZE * MANY_EXPERTS.hidden_size  # the largest: embedding, or head
+    share = 1.0 if stage == 0 else 0.25
+    gathered = 0.0 if stage == 3 else 1.0
+    gradients = 1.0 if stage <= 1 else 0.25
     for holding in held()[f"{stage}/None-4experts-float32-none"]:
-        assert holding.rest_bytes == pytest.approx(3 * share * model, rel=0.1)
-        assert holding.accumulating_bytes == pytest.approx(
-            (3 * share + kept_gradients + (gathered if stage < 3 else 0)) * model, rel=0.15
-        )
-        assert holding.forward_bytes < holding.accumulating_bytes + 0.75 * model
+        at_rest = 3 * share * whole
+        assert holding.rest_bytes == pytest.approx(at_rest, rel=0.05)
+        # Stage 3 has a few units gathered at a time, and torch keeps the last one it reduced.
+        in_forward = at_rest + gathered * whole
+        assert 0 <= holding.forward_bytes - 0.95 * in_forward <= 3 * one_unit
+        accumulating = at_rest + (gathered + gradients) * whole
+        assert 0 <= holding.accumulating_bytes - 0.95 * accumulating <= 3 * one_unit

@@ -2,8 +2,11 @@
 
 import json
 import random
+import warnings
 from pathlib import Path
 
+import torch
+import torch.distributed.checkpoint as dcp
 from fulmen.data.config import DataConfig, PrepareConfig, SourceConfig
 from fulmen.data.prepare import prepare
 from fulmen.models.config import ModelConfig
@@ -16,7 +19,10 @@ from fulmen.trainer.config import (
     ScheduleConfig,
     TrainerConfig,
 )
+from omegaconf import OmegaConf
 from rich.console import Console
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 VOCAB_SIZE = 301
 """Odd, so that the embedding and the head never divide evenly."""
@@ -64,8 +70,6 @@ def tiny_config(data: str | Path, *, max_steps: int = 6) -> RunConfig:
 
 def as_overrides(config: RunConfig) -> list[str]:
     """`tiny_config`'s values as command-line overrides of the recipe text01_tiny."""
-    from omegaconf import OmegaConf
-
     groups = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(groups, dict)
     overrides = [f"seed={config.seed}", "~data.sources.stdlib"]
@@ -105,3 +109,20 @@ def prepare_tiny_data(folder: Path) -> Path:
         console=Console(quiet=True),
     )
     return folder / "prepared"
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder, whole, read by DCP alone."""
+    reader = dcp.FileSystemReader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.full(entry.size, torch.nan, dtype=torch.float32)
+        if not name.startswith("rng.")
+        else torch.zeros(entry.size, dtype=torch.uint8)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

@@ -1,0 +1,161 @@
+"""FLOPs against a count by hand for Text-01, with numbers instead of formulas.
+
+Per token and layer, a matrix of n elements being 2 n operations:
+
+  softmax     q 6144 x 8192 and o 8192 x 6144:  100,663,296 each
+              k and v 6144 x 1024:               12,582,912 each   together    226,492,416
+  lightning   q, k, v, gate, out 6144 x 8192:   100,663,296 each   together    503,316,480
+              k v^T and q S, 64 heads of 128 x 128, 32,768 each    together      4,194,304
+  router      6144 x 32:                                                           393,216
+  expert      w1, w2, w3 6144 x 9216:           113,246,208 each   together    339,738,624
+  head        6144 x 200064 (once):                                          2,458,386,432
+
+A pair of tokens in a softmax layer: 64 heads, 256 for q k and 256 for p v:         32,768
+"""
+
+import pytest
+import torch
+from fulmen.models.config import ModelConfig
+from fulmen.trainer import flops
+from fulmen.trainer.flops import (
+    Throughput,
+    device_peak,
+    forward_flops,
+    palm_training_flops,
+    training_flops,
+)
+
+pytestmark = pytest.mark.fast
+
+TEXT01 = ModelConfig(
+    num_layers=80,
+    hidden_size=6144,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=128,
+    rotary_dim=64,
+    num_experts=32,
+    num_experts_per_token=2,
+    expert_hidden_size=9216,
+    vocab_size=200064,
+)
+TOKENS = 8192
+PAIRS = 33_554_432  # half of 8192^2: one document, causal
+ASSIGNMENTS = 1_310_720  # 8192 tokens x 80 layers x 2 experts
+
+
+def test_text01_by_hand() -> None:
+    parts = forward_flops(
+        TEXT01, num_tokens=TOKENS, sum_squared_lengths=67_108_864, num_assignments=ASSIGNMENTS
+    )
+    assert parts == {
+        "softmax_projections": 10 * 8192 * 226_492_416,
+        "softmax_core": 10 * PAIRS * 32_768,
+        "lightning_projections": 70 * 8192 * 503_316_480,
+        "lightning_core": 70 * 8192 * 4_194_304,
+        "router": 80 * 8192 * 393_216,
+        "experts": 80 * 8192 * 2 * 339_738_624,
+        "head": 8192 * 2_458_386_432,
+    }
+    # Per token, all of it but the softmax core: 94.6 G, twice the 47.17 G parameters it passes
+    # through (45,944,920,064 - 981,... norms aside) plus the lightning cores' 0.29 G.
+    rest = sum(parts.values()) - parts["softmax_core"]
+    assert rest / 8192 == 94_638_702_592
+    assert training_flops(
+        TEXT01, num_tokens=TOKENS, sum_squared_lengths=67_108_864, num_assignments=ASSIGNMENTS
+    ) == 3 * (8192 * 94_638_702_592 + 10 * PAIRS * 32_768)
+
+
+def test_softmax_attention_counts_each_document_apart() -> None:
+    def core(lengths: list[int]) -> float:
+        squares = sum(length * length for length in lengths)
+        return forward_flops(
+            TEXT01, num_tokens=sum(lengths), sum_squared_lengths=squares, num_assignments=0
+        )["softmax_core"]
+
+    assert core([1000]) == 10 * 500_000 * 32_768
+    assert core([500, 500]) == 10 * 250_000 * 32_768
+    assert core([250, 250, 250, 250]) == core([1000]) / 4
+
+
+def test_lightning_attention_is_linear_in_the_tokens() -> None:
+    def core(tokens: int, squares: int) -> float:
+        return forward_flops(
+            TEXT01, num_tokens=tokens, sum_squared_lengths=squares, num_assignments=0
+        )["lightning_core"]
+
+    assert core(1, 1) == 70 * 4_194_304
+    assert core(10**6, 10**12) == 10**6 * core(1, 1)
+    assert core(10**6, 10**6) == core(10**6, 10**12)
+
+
+def test_dropped_expert_work_is_not_counted() -> None:
+    whole = training_flops(
+        TEXT01, num_tokens=TOKENS, sum_squared_lengths=0, num_assignments=ASSIGNMENTS
+    )
+    dropped = training_flops(
+        TEXT01, num_tokens=TOKENS, sum_squared_lengths=0, num_assignments=ASSIGNMENTS - 1000
+    )
+    assert whole - dropped == 3 * 1000 * 339_738_624
+
+
+def test_palm_convention() -> None:
+    # 6 N with N = active parameters and head, norms aside: 45,944,920,064 - 1,562,624 (989,184 on
+    # the residual stream, 70 x 8192 in lightning layers) + 1,229,193,216 = 47,172,550,656; and
+    # 12 x 10 layers x 64 heads x 128 x 8192 for attention.
+    expected = 6 * 47_172_550_656 + 12 * 10 * 64 * 128 * 8192
+    assert palm_training_flops(TEXT01, num_tokens=1, seq_len=8192) == expected
+    assert palm_training_flops(TEXT01, num_tokens=7, seq_len=8192) == 7 * expected
+
+
+def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_peak(torch.device("cpu"), torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Voodoo 2")
+    assert device_peak(torch.device("cuda"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+    ],
+)
+def test_known_devices(name: str, tera: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert device_peak(torch.device("cuda"), torch.bfloat16) == tera * 1e12
+    assert device_peak(torch.device("cuda"), torch.float32) is None
+
+
+def test_throughput_divides_by_time_devices_and_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: now[0])
+    speed = Throughput(TEXT01, seq_len=8192, world_size=4, peak=1e15)
+    for _ in range(2):
+        speed.add_step(num_tokens=TOKENS, sum_squared_lengths=67_108_864)
+    now[0] += 10.0
+    row = speed.read(drop_rate=0.25)
+    dense = 94_638_702_592 - 80 * 2 * 339_738_624
+    hand = 3 * 2 * (8192 * dense + 0.75 * ASSIGNMENTS * 339_738_624 + 10 * PAIRS * 32_768)
+    assert row["step_time_s"] == 5.0
+    assert row["tokens_per_s"] == 2 * 8192 / 10
+    assert row["tflops_per_device"] == pytest.approx(hand / 10 / 4 / 1e12)
+    assert row["mfu"] == pytest.approx(hand / 10 / 4 / 1e15)
+    palm = 2 * 8192 * (6 * 47_172_550_656 + 12 * 10 * 64 * 128 * 8192)
+    assert row["mfu_palm"] == pytest.approx(palm / 10 / 4 / 1e15)
+    # A new interval begins with each reading.
+    speed.add_step(num_tokens=100, sum_squared_lengths=0)
+    now[0] += 2.0
+    assert speed.read(drop_rate=0.0)["tokens_per_s"] == 50.0
+
+
+def test_without_a_peak_the_utilisation_is_left_out() -> None:
+    speed = Throughput(TEXT01, seq_len=8192, world_size=1, peak=None)
+    speed.add_step(num_tokens=1, sum_squared_lengths=1)
+    row = speed.read(drop_rate=0.0)
+    assert row["mfu"] is None
+    assert row["mfu_palm"] is None
+    assert row["tflops_per_device"] is not None
