@@ -34,7 +34,7 @@ setup(
         "datasets",
         "tokenizers",
         "safetensors",
-        "wandb",
+        "wandb>=0.31",
         "tensorboard",
         "rich",
         "matplotlib",

@@ -278,27 +278,23 @@ class _Planner:
 
 
 def evaluation_batches(
-    source: SourceConfig,
+    split: PreparedSplit,
     *,
     seq_len: int,
     micro_batch_tokens: int,
-    vocab_size: int,
     max_tokens: int,
     dp_rank: int = 0,
     dp_size: int = 1,
-    name: str = "evaluation",
 ) -> Iterator[PackedBatch]:
-    """This rank's micro-batches of the held-out split: each document once, in a fixed order.
+    """This rank's micro-batches of a held-out split: each document once, in a fixed order.
 
     Stops after `max_tokens` real tokens over all ranks; the last document is cut there. Every
     rank gets the same number of batches: where there are too few, some hold padding alone, with
-    no label. What the batches hold does not depend on dp_size. `name` is the source's key, for
-    messages; errors are raised at the call, not at the first batch.
+    no label. What the batches hold does not depend on dp_size. Errors are raised at the call, not
+    at the first batch.
     """
     _check_micro_batch(seq_len, micro_batch_tokens)
-    if max_tokens <= 0:
-        raise ValueError(f"evaluation needs max_tokens above 0, not {max_tokens}")
-    split = PreparedSplit(source.path, "valid", name=name, vocab_size=vocab_size)
+    assert max_tokens > 0
     plan = _plan_evaluation(
         split, max_tokens=max_tokens, seq_len=seq_len, micro_batch_tokens=micro_batch_tokens
     )

@@ -10,6 +10,7 @@ import glob
 import gzip
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,13 +134,16 @@ def read_chunks(
     files: Sequence[InputFile], *, text_field: str, start: tuple[int, int] = (0, 0)
 ) -> Iterator[Chunk]:
     """All raw documents in order, as chunks, from place `start`: (file number, rows passed)."""
-    from datasets import IterableDataset
+    from datasets.io.generator import GeneratorDatasetInputStream
 
-    stream = IterableDataset.from_generator(
-        _generate, gen_kwargs={"files": tuple(files), "text_field": text_field, "start": start}
-    )
-    for example in cast(Iterator[dict[str, Any]], iter(stream)):
-        yield Chunk(**example)
+    kwargs = {"files": tuple(files), "text_field": text_field, "start": start}
+    # Every builder leaves a lock file in its cache: keep them out of the user's.
+    with tempfile.TemporaryDirectory() as cache:
+        stream = GeneratorDatasetInputStream(
+            _generate, cache_dir=cache, gen_kwargs=kwargs, streaming=True
+        ).read()
+        for example in stream:
+            yield Chunk(**example)
 
 
 def _generate(
@@ -271,18 +275,20 @@ def _parquet_parts(file: InputFile, text_field: str) -> Iterator[tuple[list[str 
     from datasets import load_dataset
 
     num_rows = max(1, pq.read_metadata(file.path).num_rows)
-    stream = load_dataset(
-        "parquet",
-        data_files=[glob.escape(os.path.abspath(file.path))],
-        columns=[text_field],
-        split="train",
-        streaming=True,
-    )
-    try:
-        for table in stream.with_format("arrow").iter(batch_size=_PARQUET_ROWS):
-            texts = table.column(text_field).to_pylist()
-            yield texts, file.size_bytes * len(texts) // num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{file.path} is damaged ({error}): copy it again or leave it out of input"
-        ) from None
+    with tempfile.TemporaryDirectory() as cache:
+        stream = load_dataset(
+            "parquet",
+            data_files=[glob.escape(os.path.abspath(file.path))],
+            columns=[text_field],
+            split="train",
+            streaming=True,
+            cache_dir=cache,
+        )
+        try:
+            for table in stream.with_format("arrow").iter(batch_size=_PARQUET_ROWS):
+                texts = table.column(text_field).to_pylist()
+                yield texts, file.size_bytes * len(texts) // num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{file.path} is damaged ({error}): copy it again or leave it out of input"
+            ) from None

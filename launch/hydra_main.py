@@ -29,14 +29,17 @@ def run_hydra(function: Callable[[Schema], None], config_name: str, schema: type
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of ending the process
 
     def call(composed: Any) -> None:
-        function(to_dataclass(composed, schema))
+        try:
+            function(to_dataclass(composed, schema))
+        except OmegaConfBaseException:  # some are ValueErrors too
+            raise
+        except ValueError as error:
+            sys.exit(f"error: {error}")  # Hydra would put a line of its own before ours
 
     try:
         hydra.main(version_base="1.3", config_path=RECIPES, config_name=config_name)(call)()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error, schema)}")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 def explain(error: Exception, schema: type) -> str:

@@ -28,6 +28,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_rank() -> Iterator[torch.device]:
     """The test's own process as a world of one."""
     import torch.distributed as dist
+
     from fulmen.parallel.mesh import join_world
 
     yield join_world()

@@ -105,7 +105,7 @@ class EvaluationConfig:
     """The `evaluation` group: loss on held-out documents of each source."""
 
     every_steps: int | None = None
-    """Steps between evaluations; null = never. The end of a run evaluates too."""
+    """Steps between evaluations, and one at the end of the run; null = none at all."""
     max_tokens: int = 1_000_000
     """Held-out tokens per source and evaluation."""
 
@@ -169,6 +169,8 @@ def check_config(config: RunConfig, world_size: int) -> None:
         )
     if config.checkpoint.keep < 1:
         raise ValueError(f"checkpoint.keep={config.checkpoint.keep}: must be at least 1")
+    if config.evaluation.max_tokens < 1:
+        raise ValueError(f"evaluation.max_tokens={config.evaluation.max_tokens}: must be above 0")
     if not config.data.sources:
         raise ValueError("data.sources is empty: name at least one prepared source and its path")
     _check_batches(config, world_size)

@@ -1,12 +1,12 @@
-"""Loss on held-out documents, by source, and the unigram model that it is held against."""
+"""Loss on held-out documents, by source."""
 
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
-from fulmen.data.config import SourceConfig
 from fulmen.data.loader import evaluation_batches
+from fulmen.data.shards import PreparedSplit
 from fulmen.kernels.cross_entropy.op import IGNORE_INDEX
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.mesh import Mesh
@@ -15,22 +15,21 @@ from fulmen.parallel.mesh import Mesh
 @torch.no_grad()
 def evaluate(
     model: TextModel,
-    sources: Mapping[str, SourceConfig],
+    splits: Mapping[str, PreparedSplit],
     mesh: Mesh,
     *,
     seq_len: int,
     micro_batch_tokens: int,
     max_tokens: int,
 ) -> dict[str, float]:
-    """Cross entropy per label in nats on each source's validation split; all ranks call it."""
+    """Cross entropy per label in nats on each held-out split; all ranks call it."""
     losses = {}
-    for name, source in sources.items():
+    for name, split in splits.items():
         sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)  # loss, labels
         for batch in evaluation_batches(
-            source,
+            split,
             seq_len=seq_len,
             micro_batch_tokens=micro_batch_tokens,
-            vocab_size=model.config.vocab_size,
             max_tokens=max_tokens,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp,

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from fulmen.data.loader import PackedLoader, StepBatch
 from fulmen.data.packing import PackedBatch
+from fulmen.data.shards import PreparedSplit
 from fulmen.models.text import (
     LossOutput,
     TextModel,
@@ -42,6 +43,7 @@ class Trainer:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.trainer.dtype]
         self.step = 0
         self.tokens = 0
+        torch.manual_seed(config.seed)  # torch itself begins with another seed in every process
         with torch.device("meta"):
             self.model = TextModel(config.model, config.moe)
         self.engine = parallelize(
@@ -56,6 +58,7 @@ class Trainer:
         self.optimizer = Optimizer(self.engine, config.optim)
         self.checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
         self.loader = self._open_loader(self._resume())
+        self.held_out = self._open_held_out()
         self._throughput = Throughput(
             config.model,
             seq_len=config.data.seq_len,
@@ -88,7 +91,7 @@ class Trainer:
                         "data_wait_s": data_wait_s,
                     }
                     metrics.log_step(row)
-                if self._is_due(config.evaluation.every_steps) or self.finished:
+                if self.held_out and (self._is_due(config.evaluation.every_steps) or self.finished):
                     metrics.log_eval(self.step, self.tokens, self._evaluate())
                     self._throughput.restart()
                 if self._is_due(config.checkpoint.every_steps) or self.finished:
@@ -219,6 +222,15 @@ class Trainer:
             state=state,
         )
 
+    def _open_held_out(self) -> dict[str, PreparedSplit]:
+        if self.config.evaluation.every_steps is None:
+            return {}
+        vocab_size = self.config.model.vocab_size
+        return {
+            name: PreparedSplit(source.path, "valid", name=name, vocab_size=vocab_size)
+            for name, source in self.config.data.sources.items()
+        }
+
     def _open_metrics(self) -> MetricsLogger | NullMetrics:
         if self.mesh.rank != 0:
             return NullMetrics()
@@ -283,7 +295,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         return evaluate(
             self.model,
-            self.config.data.sources,
+            self.held_out,
             self.mesh,
             seq_len=self.config.data.seq_len,
             micro_batch_tokens=self.config.trainer.micro_batch_tokens,

@@ -1,9 +1,12 @@
 """One run from its folder to its report."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from fulmen.data.config import SourceConfig
+from fulmen.data.shards import read_manifest
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.config import RunConfig, check_run_folder
 from fulmen.trainer.loop import Trainer
@@ -16,18 +19,21 @@ from fulmen.trainer.unigram import unigram_loss
 
 def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     """Train to the end of the schedule, or go on with a run that stopped; returns its folder."""
+    check_tokenizers(config.data.sources)
     run_dir = agree_on_folder(config, recipe)
     check_run_folder(run_dir)
     start_logging(run_dir, mesh.rank)
-    if mesh.rank == 0:
-        (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     log.info("run folder %s, %d process(es) on %s", run_dir, mesh.world_size, mesh.device.type)
     trainer = Trainer(config, mesh, run_dir)
     try:
         if mesh.rank == 0:
-            loss = unigram_loss(config.data.sources, config.model.vocab_size)
-            log.info("a unigram model of this data has a loss of %.3f", loss)
-            update_summary(run_dir, {"unigram_loss": loss})
+            # Not before the trainer has agreed to go on with what the folder holds.
+            (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            if trainer.held_out:
+                sources, vocab_size = config.data.sources, config.model.vocab_size
+                loss = unigram_loss(sources, trainer.held_out, vocab_size)
+                log.info("a unigram model of this data has a loss of %.3f", loss)
+                update_summary(run_dir, {"unigram_loss": loss})
         trainer.fit()
     except Exception:
         log.exception("the run stops")  # into the log file too, which outlives the terminal
@@ -37,3 +43,20 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     if mesh.rank == 0:
         log.info("report: %s", write_report(run_dir))
     return run_dir
+
+
+def check_tokenizers(sources: Mapping[str, SourceConfig]) -> None:
+    """`ValueError` if a source has lost the tokenizer that it was prepared with.
+
+    Training would not notice, but what it makes could neither read nor write text.
+    """
+    for name, source in sources.items():
+        try:
+            file = Path(source.path) / read_manifest(source.path)["tokenizer"]["file"]
+        except ValueError as error:
+            raise ValueError(f"data.sources.{name}.path: {error}") from None
+        if not file.is_file():
+            raise ValueError(
+                f"data.sources.{name}: {file} is missing: copy it back, or remove "
+                f"{source.path} and run launch/prepare_data.py anew"
+            )

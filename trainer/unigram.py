@@ -11,7 +11,9 @@ from fulmen.data.shards import PreparedSplit
 MAX_TOKENS = 20_000_000
 
 
-def unigram_loss(sources: Mapping[str, SourceConfig], vocab_size: int) -> float:
+def unigram_loss(
+    sources: Mapping[str, SourceConfig], held_out: Mapping[str, PreparedSplit], vocab_size: int
+) -> float:
     """Cross entropy in nats of held-out tokens under the training data's token frequencies.
 
     Frequencies are those of at most the first 20 M tokens of each source, plus one per token of
@@ -23,8 +25,8 @@ def unigram_loss(sources: Mapping[str, SourceConfig], vocab_size: int) -> float:
         share = source.weight / total_weight
         counts = _count(PreparedSplit(source.path, "train", name=name, vocab_size=vocab_size)) + 1
         train += share * counts / counts.sum()
-        held_out = _count(PreparedSplit(source.path, "valid", name=name, vocab_size=vocab_size))
-        valid += share * held_out / held_out.sum()
+        counts = _count(held_out[name])
+        valid += share * counts / counts.sum()
     return float(-(valid * np.log(train)).sum())
 
 

@@ -17,6 +17,7 @@ from fulmen.data.config import DataConfig, SourceConfig
 from fulmen.data.loader import PackedLoader, StepBatch, evaluation_batches
 from fulmen.data.packing import PackedBatch
 from fulmen.data.permutation import RandomOrder
+from fulmen.data.shards import PreparedSplit
 
 pytestmark = pytest.mark.fast
 SEQ_LEN, MICRO, BATCH = 32, 64, 512
@@ -316,18 +317,18 @@ def test_evaluation(sources: Sources, max_tokens: int, dp_size: int) -> None:
     options: dict[str, Any] = {
         "seq_len": SEQ_LEN,
         "micro_batch_tokens": MICRO,
-        "vocab_size": 1000,
         "max_tokens": max_tokens,
     }
     valid = documents(13, 2)
+    split = PreparedSplit(sources["a"].path, "valid", name="a", vocab_size=1000)
     ranks = [
-        list(evaluation_batches(sources["a"], **options, dp_rank=rank, dp_size=dp_size))
+        list(evaluation_batches(split, **options, dp_rank=rank, dp_size=dp_size))
         for rank in range(dp_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     in_order = [batch for group in zip(*ranks, strict=True) for batch in group]
     real = [batch for batch in in_order if batch.num_tokens]
-    single = list(evaluation_batches(sources["a"], **options))
+    single = list(evaluation_batches(split, **options))
     assert all(same(*pair) for pair in zip(real, single, strict=True))
     for batch in in_order[len(real) :]:
         assert (batch.labels == -100).all()
@@ -346,14 +347,7 @@ def test_evaluation(sources: Sources, max_tokens: int, dp_size: int) -> None:
 def test_evaluation_needs_a_held_out_split(make_folder: MakeFolder) -> None:
     path = make_folder("one", documents(4, 1))
     with pytest.raises(ValueError, match=r"sources.web: split 'valid'.*validation_fraction"):
-        evaluation_batches(
-            SourceConfig(str(path)),
-            seq_len=8,
-            micro_batch_tokens=8,
-            vocab_size=1000,
-            max_tokens=10,
-            name="web",
-        )
+        PreparedSplit(str(path), "valid", name="web", vocab_size=1000)
 
 
 def test_config_is_a_schema() -> None:

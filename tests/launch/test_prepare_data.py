@@ -67,16 +67,16 @@ def test_killed_and_run_again(tmp_path: Path, corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["input=x", "output=y", "vocabsize=9"], "unknown key vocabsize: did you mean vocab_size?"),
-        (["output=y"], "input= must be given"),
-        (["input=x"], "output= must be given"),
+        (["input=x", "output=y", "vocabsize=9"], "unknown key vocabsize; did you mean vocab_size?"),
+        (["output=y"], "no value for input"),
+        (["input=x"], "no value for output"),
         (["input=nowhere", "output=y"], "input=nowhere: no file found there"),
     ],
 )
 def test_messages(tmp_path: Path, overrides: list[str], message: str) -> None:
     done = prepare(tmp_path, *overrides)
     assert done.returncode == 1
-    assert done.stderr.startswith("prepare_data: ")
+    assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []

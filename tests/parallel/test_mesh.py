@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+
 from fulmen.parallel.config import ParallelConfig, check_parallel
 from fulmen.parallel.mesh import build_mesh, join_world
 
@@ -36,7 +37,9 @@ def test_half_an_environment_is_refused(lost: str, monkeypatch: pytest.MonkeyPat
     for name, value in RENDEZVOUS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(lost)
-    with pytest.raises(ValueError, match="the environment sets .* but not all of .* torchrun") as e:
+    with pytest.raises(
+        ValueError, match=r"the environment sets .* but not all of .* torchrun"
+    ) as e:
         join_world()
     assert lost not in str(e.value).split(" but ")[0]
     assert not dist.is_initialized()

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from support.tiny import tiny_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
 from fulmen.models.config import MoEConfig
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.plan import parallelize
 from fulmen.parallel.zero import ZeroEngine
-from support.tiny import tiny_model
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 pytestmark = pytest.mark.fast
 

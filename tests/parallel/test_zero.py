@@ -4,10 +4,16 @@ import gc
 import math
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.tiny import VOCAB_SIZE, tiny_model
+from support.worlds import run_world
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.init import init_model
 from fulmen.models.text import LossOutput, TextModel
@@ -17,10 +23,6 @@ from fulmen.parallel.plan import parallelize
 from fulmen.parallel.zero import ZeroEngine
 from fulmen.trainer.config import OptimConfig
 from fulmen.trainer.optim import Optimizer
-from support.tiny import VOCAB_SIZE, tiny_model
-from support.worlds import run_world
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +78,7 @@ CASES = {
 
 @dataclass
 class Outcome:
-    """What a training gave; `held` is rank 0's only."""
+    """What a training gave on one rank."""
 
     losses: list[float]
     norms: list[float]
@@ -219,12 +221,16 @@ def train_cases(device: torch.device, cases: list[Case]) -> list[Outcome]:
     return [train(device, case) for case in cases]
 
 
+def by_case(cases: list[Case], by_rank: list[list[Any]]) -> dict[str, list[Any]]:
+    """Lists by rank of what each case gave, under the case's text (a ModelConfig has no hash)."""
+    return {str(case): [results[index] for results in by_rank] for index, case in enumerate(cases)}
+
+
 @cache
-def trained(size: int) -> dict[Case, list[Outcome]]:
+def trained(size: int) -> dict[str, list[Outcome]]:
     """Case -> outcome on each rank of a world of `size`."""
     by_rank = run_world(train_cases, size, CASES[size], timeout_s=120)
-    # ModelConfig has no hash: the text of a case is its key.
-    return {str(case): list(outcomes) for case, outcomes in zip(CASES[size], zip(*by_rank))}
+    return by_case(CASES[size], by_rank)
 
 
 ALL = [pytest.param(size, case, id=f"{size}-{case}") for size in CASES for case in CASES[size]]
@@ -330,7 +336,11 @@ def hold(device: torch.device, cases: list[Case]) -> list[Holding]:
             for i in range(2)
         ]
         during: list[int] = []
-        hook = model.norm.register_forward_pre_hook(lambda *_: during.append(tensor_bytes()))
+
+        def measure(*_: object, during: list[int] = during) -> None:
+            during.append(tensor_bytes())
+
+        hook = model.norm.register_forward_pre_hook(measure)
         for index, batch in enumerate(batches):
             engine.begin_micro_batch(is_last=index == 1)
             forward(model, batch).loss_sum.backward()
@@ -355,7 +365,7 @@ HELD = [*EVERYWHERE, *[Case(dense, expert, FEW_EXPERTS) for dense, expert in [(3
 @cache
 def held() -> dict[str, list[Holding]]:
     by_rank = run_world(hold, 4, HELD)
-    return {str(case): list(holdings) for case, holdings in zip(HELD, zip(*by_rank))}
+    return by_case(HELD, by_rank)
 
 
 def shapes(config: ModelConfig) -> dict[str, torch.Size]:

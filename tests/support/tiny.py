@@ -7,6 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from fulmen.data.config import DataConfig, PrepareConfig, SourceConfig
 from fulmen.data.prepare import prepare
 from fulmen.models.config import ModelConfig
@@ -18,12 +25,11 @@ from fulmen.trainer.config import (
     RunConfig,
     ScheduleConfig,
     TrainerConfig,
+    to_dataclass,
 )
-from omegaconf import OmegaConf
-from rich.console import Console
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+ROOT = Path(__file__).resolve().parents[2]
+"""Of the repository."""
 VOCAB_SIZE = 301
 """Odd, so that the embedding and the head never divide evenly."""
 
@@ -68,6 +74,13 @@ def tiny_config(data: str | Path, *, max_steps: int = 6) -> RunConfig:
     )
 
 
+def compose_config(overrides: list[str]) -> RunConfig:
+    """The configuration that the command line `launch/pretrain.py *overrides` makes."""
+    ConfigStore.instance().store(name="config_schema", node=RunConfig)
+    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
+        return to_dataclass(compose("config", overrides), RunConfig)
+
+
 def as_overrides(config: RunConfig) -> list[str]:
     """`tiny_config`'s values as command-line overrides of the recipe text01_tiny."""
     groups = OmegaConf.to_container(OmegaConf.structured(config))
@@ -79,7 +92,7 @@ def as_overrides(config: RunConfig) -> list[str]:
     overrides.append(f"data.seq_len={config.data.seq_len}")
     overrides.append(f"data.global_batch_tokens={config.data.global_batch_tokens}")
     for name, source in config.data.sources.items():
-        overrides.append(f"+data.sources.{name}={{path: '{source.path}'}}")
+        overrides.append(f"+data.sources={{{name}: {{path: '{source.path}'}}}}")
     overrides.append(f"schedule.warmup_steps={config.schedule.warmup_steps}")
     phases = json.dumps(groups["schedule"]["phases"]).replace('"', "")
     return [*overrides, f"schedule.phases={phases}"]

@@ -45,7 +45,9 @@ def run_world(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_rank_main, args=(theirs, rank, size, port, function, args))
+        process = _CONTEXT.Process(
+            target=_rank_main, args=(theirs, rank, size, port, function, args)
+        )
         process.start()
         theirs.close()
         pipes.append(ours)

@@ -12,6 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from omegaconf import OmegaConf
+from support.tiny import read_checkpoint, tiny_config
+from support.worlds import run_world
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.checkpoint import Checkpointer
@@ -20,11 +26,6 @@ from fulmen.trainer.loop import Trainer
 from fulmen.trainer.manifest import CheckpointError
 from fulmen.trainer.run_log import log
 from fulmen.trainer.weights import CheckpointWeights, Piece, save_weights
-from omegaconf import OmegaConf
-from support.tiny import read_checkpoint, tiny_config
-from support.worlds import run_world
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 WORLD_OF_ONE = torch.device("cpu")
 
@@ -476,9 +477,7 @@ def test_a_checkpoint_loads_on_any_mesh(tiny_data: Path, tmp_path: Path) -> None
     assert all(tensor.count_nonzero() for tensor in first.values())
     digests = set()
     for size, stages in [(1, (0, None)), (2, (0, 2)), (4, (3, None))]:
-        for rank, loaded in enumerate(
-            run_world(_load_on, size, str(tiny_data), tmp_path, stages)
-        ):
+        for rank, loaded in enumerate(run_world(_load_on, size, str(tiny_data), tmp_path, stages)):
             tensors, held, steps, digest = loaded
             assert_same(first, tensors)
             assert steps == 4

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+from support.tiny import tiny_config
+
 from fulmen.trainer.config import (
     PhaseConfig,
     RampConfig,
@@ -12,10 +15,8 @@ from fulmen.trainer.config import (
     check_config,
     check_run_folder,
     nearest_keys,
-    to_run_config,
+    to_dataclass,
 )
-from omegaconf import OmegaConf
-from support.tiny import tiny_config
 
 pytestmark = pytest.mark.fast
 
@@ -107,7 +108,7 @@ def test_the_batch_is_held_against_the_number_of_processes() -> None:
 def test_missing_keys_are_named() -> None:
     composed = OmegaConf.structured(RunConfig)
     with pytest.raises(ValueError, match="no value for ") as error:
-        to_run_config(composed)
+        to_dataclass(composed, RunConfig)
     named = str(error.value)
     for key in ("model.hidden_size", "data.seq_len", "optim.lr", "trainer.micro_batch_tokens"):
         assert key in named
@@ -116,7 +117,7 @@ def test_missing_keys_are_named() -> None:
 
 def test_a_structured_config_comes_back_as_dataclasses() -> None:
     config = tiny_config("somewhere")
-    assert to_run_config(OmegaConf.structured(config)) == config
+    assert to_dataclass(OmegaConf.structured(config), RunConfig) == config
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_a_structured_config_comes_back_as_dataclasses() -> None:
     ],
 )
 def test_the_nearest_key_comes_first(unknown: str, known: str | None) -> None:
-    near = nearest_keys(unknown)
+    near = nearest_keys(unknown, RunConfig)
     if known is None:
         assert len(near) <= 3
     else:
@@ -144,7 +145,7 @@ def test_the_nearest_key_comes_first(unknown: str, known: str | None) -> None:
 
 
 def test_nothing_is_near_to_nonsense() -> None:
-    assert nearest_keys("zzzzqqqq") == []
+    assert nearest_keys("zzzzqqqq", RunConfig) == []
 
 
 def test_a_run_folder_is_made_and_left_clean(tmp_path: Path) -> None:

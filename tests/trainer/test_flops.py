@@ -15,6 +15,7 @@ A pair of tokens in a softmax layer: 64 heads, 256 for q k and 256 for p v:     
 
 import pytest
 import torch
+
 from fulmen.models.config import ModelConfig
 from fulmen.trainer import flops
 from fulmen.trainer.flops import (

@@ -6,6 +6,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.tiny import tiny_model
+from torch import Tensor, nn
+
 from fulmen.models.config import MoEConfig
 from fulmen.models.init import init_model
 from fulmen.models.text import LossOutput, TextModel
@@ -15,8 +18,6 @@ from fulmen.parallel.plan import parallelize
 from fulmen.parallel.zero import ZeroEngine
 from fulmen.trainer.config import OptimConfig
 from fulmen.trainer.optim import Optimizer, build_optimizer
-from support.tiny import tiny_model
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.fast
 

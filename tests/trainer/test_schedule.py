@@ -1,31 +1,22 @@
 """Learning rate and batch size; the figures are Text-01's published ones."""
 
-from pathlib import Path
-
 import pytest
+from support.tiny import compose_config
+
 from fulmen.trainer.config import (
     PhaseConfig,
     RampConfig,
     RunConfig,
     ScheduleConfig,
-    register,
-    to_run_config,
 )
 from fulmen.trainer.schedule import batch_tokens, learning_rate, total_tokens
-from hydra import compose, initialize_config_dir
 
 pytestmark = pytest.mark.fast
-
-T = 10**12
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
 def text01() -> RunConfig:
-    register()
-    with initialize_config_dir(str(RECIPES), version_base="1.3"):
-        composed = compose("config", ["recipe=text01", "data.sources.corpus.path=nowhere"])
-    return to_run_config(composed)
+    return compose_config(["recipe=text01", "data.sources.corpus.path=nowhere"])
 
 
 @pytest.mark.parametrize(
