@@ -1,6 +1,6 @@
 """Configuration of the data room: schemas which Hydra fills and checks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -24,10 +24,26 @@ class DataConfig:
     """Tokens in a row, the unit of packing; a longer document is cut into pieces of this length."""
     global_batch_tokens: int = MISSING
     """Tokens in one optimiser step over all ranks, padding included."""
-    sources: dict[str, SourceConfig] = MISSING
+    # Any, because Hydra cannot add an entry to a mapping of dataclasses; each becomes a SourceConfig.
+    sources: dict[str, Any] = field(default_factory=dict)
     """Prepared folders by name; a name is a key of metrics, so keep it short."""
     prefetch_steps: int = 2
     """Steps which a background thread keeps ready; 0 loads in the training thread."""
+
+    def __post_init__(self) -> None:
+        self.sources = {name: _to_source(name, value) for name, value in self.sources.items()}
+
+
+def _to_source(name: str, value: Any) -> SourceConfig:
+    if isinstance(value, SourceConfig):
+        return value
+    known = [item.name for item in fields(SourceConfig)]
+    if not isinstance(value, dict) or "path" not in value or not set(value) <= set(known):
+        raise ValueError(f"data.sources.{name}={value}: give path and, if you like, weight")
+    try:
+        return SourceConfig(str(value["path"]), float(value.get("weight", 1.0)))
+    except (TypeError, ValueError):
+        raise ValueError(f"data.sources.{name}.weight={value['weight']}: not a number") from None
 
 
 @dataclass

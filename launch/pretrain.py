@@ -1,6 +1,7 @@
 """Train: `torchrun --nproc-per-node 8 launch/pretrain.py recipe=text01_tiny [key=value ...]`."""
 
 import os
+import sys
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -29,8 +30,14 @@ def train(config: RunConfig, recipe: str) -> None:
         dist.destroy_process_group()
 
 
+def open_sources(override: str) -> str:
+    """Let `data.sources.NAME.path=...` also add a source that the recipe does not have."""
+    return f"++{override}" if override.startswith("data.sources") else override
+
+
 def main() -> None:
     """Entry point."""
+    sys.argv[1:] = [open_sources(word) for word in sys.argv[1:]]
     run_hydra(pretrain, "config", RunConfig)
 
 

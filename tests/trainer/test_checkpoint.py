@@ -327,10 +327,10 @@ def test_tensors_must_be_those_of_the_model(run_dir: Path, checkpointer: Checkpo
     path = run_dir / "checkpoints" / "step_6"
     held = read_checkpoint(path)
     head = "model.lm_head.weight"
-    with pytest.raises(CheckpointError, match=r"step_6 has no model\.new: it is of another model"):
+    with pytest.raises(CheckpointError, match=r"step_6 is of another model: .* no model\.new"):
         checkpointer.load(path, held | {"model.new": torch.zeros(1)})
     fewer = {name: tensor for name, tensor in held.items() if name != head}
-    with pytest.raises(CheckpointError, match=rf"step_6 has {head}, .*of another model"):
+    with pytest.raises(CheckpointError, match=f"step_6 is of another model: .* {head}"):
         checkpointer.load(path, fewer)
     with pytest.raises(CheckpointError, match=rf"{head} has shape \(301, 32\), .* \(301, 16\)"):
         checkpointer.load(path, held | {head: torch.zeros(301, 16)})

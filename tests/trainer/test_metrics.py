@@ -13,6 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
 from fulmen.trainer.console import LiveConsole, StepText, clock, short_number
 from fulmen.trainer.metrics import (
     JsonlSink,
@@ -24,8 +27,6 @@ from fulmen.trainer.metrics import (
     read_metrics,
     wandb_run_id,
 )
-from omegaconf import OmegaConf
-from rich.console import Console
 
 
 def step_row(step: int, **changes: Any) -> dict[str, Any]:

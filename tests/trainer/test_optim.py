@@ -1,7 +1,6 @@
 """The optimiser against torch's own AdamW, and the choice of its implementation."""
 
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -58,13 +57,12 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 @pytest.fixture
-def fake_apex(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fake_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     apex, optimizers = ModuleType("apex"), ModuleType("apex.optimizers")
     apex.__path__ = []  # type: ignore[attr-defined]
     optimizers.FusedAdam = FusedAdam  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "apex", apex)
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
-    yield
 
 
 def build(device: torch.device) -> tuple[TextModel, ZeroEngine]:

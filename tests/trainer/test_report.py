@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fulmen.trainer.metrics import JsonlSink
 from fulmen.trainer.report import MAX_POINTS, head_facts, merge_rows, write_report
 

@@ -1,0 +1,104 @@
+"""Every command that the documentation shows is run, in order, on a tiny configuration."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ["README.md", "docs/training.md", "docs/data.md", "docs/huggingface.md"]
+# `make test` is what runs this.
+LEFT_OUT = ["make test"]
+# What makes any recipe small enough for two busy cores.
+TINY = """
+model.num_layers=8 model.hidden_size=32 model.num_attention_heads=2 model.num_key_value_heads=1
+model.head_dim=16 model.rotary_dim=16 model.num_experts=4 model.expert_hidden_size=32
+model.vocab_size=4096 data.seq_len=64 data.global_batch_tokens=1024 trainer.micro_batch_tokens=256
+trainer.max_steps=2 trainer.dtype=float32 evaluation.max_tokens=512
+""".split()
+
+# Stands for torchrun: at most two processes, and every training run becomes tiny.
+TORCHRUN = """#!/bin/sh
+exec {python} {folder}/shrink.py {python} -m torch.distributed.run "$@"
+"""
+SHRINK = """
+import os, sys
+words = sys.argv[1:]
+if "--nproc-per-node" in words:
+    at = words.index("--nproc-per-node") + 1
+    words[at] = str(min(2, int(words[at])))
+if "launch/pretrain.py" in words:
+    words += {tiny}
+os.execv(words[0], words)
+"""
+
+
+def commands(document: str) -> list[str]:
+    """The lines of a document's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a checkout, whose runs and data are its own."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ["launch", "recipes", "docs", "benchmarks"]:
+        (folder / name).symlink_to(ROOT / name)
+    for name in ["Makefile", "setup.py", "constraints.txt"]:
+        shutil.copy2(ROOT / name, folder)
+    # The environment that runs the tests, with a stamp that keeps make from setting it up anew.
+    (folder / ".venv").mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        if entry.name != ".fulmen-setup":
+            (folder / ".venv" / entry.name).symlink_to(entry)
+    (folder / ".venv" / ".fulmen-setup").touch()
+    (folder / "bin").mkdir()
+    (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY))
+    torchrun = folder / "bin" / "torchrun"
+    torchrun.write_text(TORCHRUN.format(python=sys.executable, folder=folder))
+    torchrun.chmod(0o755)
+    return folder
+
+
+@pytest.mark.slow
+def test_every_command_runs(checkout: Path) -> None:
+    path = f"{checkout / 'bin'}:{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
+    environment = os.environ | {
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "ARGS": " ".join(TINY),
+        "RUN_ID": "made",
+    }
+    todo = [line for document in DOCUMENTS for line in commands(document)]
+    assert len(todo) > 10
+    for command in todo:
+        if command in LEFT_OUT:
+            continue
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    runs = checkout / "runs" / "text01_tiny"
+    assert "<svg" in (runs / "made" / "report.html").read_text()
+    assert (runs / "docs" / "DONE").exists()
+    log = (runs / "again" / "train.log").read_text()
+    assert "from the weights of" in log
+
+
+@pytest.mark.fast
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS + ["docs/metrics.md", "docs/performance.md"]:
+        text = (ROOT / document).read_text()
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
