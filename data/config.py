@@ -24,7 +24,7 @@ class DataConfig:
     """Tokens in a row, the unit of packing; a longer document is cut into pieces of this length."""
     global_batch_tokens: int = MISSING
     """Tokens in one optimiser step over all ranks, padding included."""
-    # Any, because Hydra cannot add an entry to a mapping of dataclasses; each becomes a SourceConfig.
+    # Any, because Hydra cannot add to a mapping of dataclasses; each becomes a SourceConfig.
     sources: dict[str, Any] = field(default_factory=dict)
     """Prepared folders by name; a name is a key of metrics, so keep it short."""
     prefetch_steps: int = 2

@@ -14,12 +14,23 @@ DOCUMENTS = ["README.md", "docs/training.md", "docs/data.md", "docs/huggingface.
 # `make test` is what runs this.
 LEFT_OUT = ["make test"]
 # What makes any recipe small enough for two busy cores.
-TINY = """
-model.num_layers=8 model.hidden_size=32 model.num_attention_heads=2 model.num_key_value_heads=1
-model.head_dim=16 model.rotary_dim=16 model.num_experts=4 model.expert_hidden_size=32
-model.vocab_size=4096 data.seq_len=64 data.global_batch_tokens=1024 trainer.micro_batch_tokens=256
-trainer.max_steps=2 trainer.dtype=float32 evaluation.max_tokens=512
-""".split()
+TINY = [
+    "model.num_layers=8",
+    "model.hidden_size=32",
+    "model.num_attention_heads=2",
+    "model.num_key_value_heads=1",
+    "model.head_dim=16",
+    "model.rotary_dim=16",
+    "model.num_experts=4",
+    "model.expert_hidden_size=32",
+    "model.vocab_size=4096",
+    "data.seq_len=64",
+    "data.global_batch_tokens=1024",
+    "trainer.micro_batch_tokens=256",
+    "trainer.max_steps=2",
+    "trainer.dtype=float32",
+    "evaluation.max_tokens=512",
+]
 
 # Stands for torchrun: at most two processes, and every training run becomes tiny.
 TORCHRUN = """#!/bin/sh
