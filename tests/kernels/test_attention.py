@@ -97,7 +97,7 @@ def test_bf16() -> None:
 @pytest.mark.fast
 def test_bad_arguments_are_named() -> None:
     q, k, v = (x.detach() for x in make(2, 5, 5, 4, 3))
-    with pytest.raises(ValueError, match="4 query heads .* 3 kv heads"):
+    with pytest.raises(ValueError, match=r"4 query heads .* 3 kv heads"):
         softmax_attention(q, k, v)
     with pytest.raises(ValueError, match="cu_seqlens needs batch 1"):
         softmax_attention(q, q, q, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32))
