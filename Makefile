@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN_ID ?= $(shell date +%Y%m%d-%H%M%S)
+RUN_ID := $(or $(RUN_ID),$(shell date +%Y%m%d-%H%M%S))
 PROCESSES ?= 2
+# Of benchmarks/train_step.py; on a GPU: make bench BENCH=model=text01_1b
+BENCH ?= model=text01_tiny dtype=float32 micro_batch_tokens=2048 document_tokens=512 steps=20
 DATA := data_cache/stdlib
 STAMP := $(VENV)/.fulmen-setup
 
@@ -61,6 +63,7 @@ check: $(STAMP) .types/fulmen  ## lint, format and types
 
 bench: $(STAMP)  ## the figures of docs/performance.md that this machine can give
 	@$(BIN)/python benchmarks/data.py
+	@$(BIN)/python benchmarks/train_step.py $(BENCH)
 
-clean:  ## remove what make built, but no run
-	@rm -rf $(VENV) .types .mypy_cache .ruff_cache build *.egg-info data_cache
+clean:  ## remove what make built; runs and other data stay
+	@rm -rf $(VENV) .types .mypy_cache .ruff_cache build *.egg-info $(DATA)

@@ -1,4 +1,4 @@
-"""Map the rooms at the top level to the import name `fulmen.*` (see docs/architecture)."""
+"""Map the rooms at the top level to the import name `fulmen.*`."""
 
 from pathlib import Path
 
@@ -43,12 +43,14 @@ setup(
     extras_require={
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "transformers", "types-PyYAML"],
         "transformers": ["transformers>=5"],
-        "flash-attn": ["flash-attn"],
     },
     entry_points={
         "console_scripts": [
             "fulmen-pretrain = fulmen.launch.pretrain:main",
             "fulmen-prepare-data = fulmen.launch.prepare_data:main",
+            "fulmen-generate = fulmen.launch.generate:main",
+            "fulmen-export-hf = fulmen.launch.export_hf:main",
+            "fulmen-import-hf = fulmen.launch.import_hf:main",
         ]
     },
 )

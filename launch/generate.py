@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from fulmen.data.shards import MANIFEST, read_manifest
 from fulmen.launch.hydra_main import run_hydra
 
 
@@ -40,8 +41,8 @@ def sample(config: GenerateConfig) -> None:
     checkpoint = find_checkpoint(config)
 
     import torch
-    from tokenizers import Tokenizer
 
+    from fulmen.data.tokenise import load_tokenizer
     from fulmen.trainer.generate import generate, load_model
     from fulmen.trainer.manifest import verify
     from fulmen.trainer.report import write_report
@@ -51,7 +52,9 @@ def sample(config: GenerateConfig) -> None:
     if config.dtype not in dtypes:
         raise ValueError(f"dtype={config.dtype}: must be one of {', '.join(dtypes)}")
     verify(checkpoint)
-    tokenizer = Tokenizer.from_file(str(find_tokenizer(config, checkpoint)))
+    tokenizer_file = find_tokenizer(config, checkpoint)
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    stop_id = end_of_document_id(tokenizer_file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(checkpoint, dtype=dtypes[config.dtype], device=device)
     generator = torch.Generator().manual_seed(config.seed)
@@ -60,12 +63,12 @@ def sample(config: GenerateConfig) -> None:
     for prompt in config.prompts:
         new_ids = generate(
             model,
-            tokenizer.encode(prompt).ids,
+            tokenizer.encode(prompt, add_special_tokens=False).ids,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
             generator=generator,
-            stop_id=tokenizer.token_to_id("<end_of_document>"),
+            stop_id=stop_id,
         )
         samples.append(prompt + tokenizer.decode(new_ids))
         print(f"--------\n{samples[-1]}")
@@ -104,6 +107,14 @@ def find_tokenizer(config: GenerateConfig, checkpoint: Path) -> Path:
             f"tokenizer {path} does not exist: give tokenizer=PATH of a tokenizer.json"
         )
     return path
+
+
+def end_of_document_id(tokenizer_file: Path) -> int | None:
+    """The token that ends a document in the prepared folder that the tokenizer lies in, if any."""
+    if not (tokenizer_file.parent / MANIFEST).exists():
+        return None
+    end_id: int = read_manifest(tokenizer_file.parent)["end_of_document"]["id"]
+    return end_id
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Train: `torchrun --nproc-per-node 8 launch/pretrain.py recipe=text01_tiny [key=value ...]`."""
 
 import os
+import re
 import sys
 
 from hydra.core.hydra_config import HydraConfig
@@ -32,7 +33,13 @@ def train(config: RunConfig, recipe: str) -> None:
 
 def open_sources(override: str) -> str:
     """Let `data.sources.NAME.path=...` also add a source that the recipe does not have."""
-    return f"++{override}" if override.startswith("data.sources") else override
+    if override.startswith("data.sources="):
+        sys.exit(
+            "error: data.sources=...: name each source, data.sources.NAME.path=FOLDER, and take a "
+            "recipe's own out with ~data.sources.NAME"
+        )
+    is_source = re.match(r"data\.sources\.[^.=]+\.(path|weight)=", override)
+    return f"++{override}" if is_source else override
 
 
 def main() -> None:

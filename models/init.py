@@ -35,19 +35,26 @@ def init_std(name: str, shape: torch.Size, config: ModelConfig) -> Tensor | floa
 
 @torch.no_grad()
 def init_rows(
-    rows: Tensor, name: str, shape: torch.Size, *, config: ModelConfig, seed: int, first_row: int
+    rows: Tensor,
+    name: str,
+    shape: torch.Size,
+    *,
+    config: ModelConfig,
+    seed: int,
+    first_row: int,
+    first_column: int = 0,
 ) -> None:
     """Fill `rows` with rows `first_row ...` of the initial value of parameter `name`.
 
     `shape` is the parameter's global shape; a row is a slice along its last dim, counted over all
-    leading dims. The values depend neither on how rows are spread over ranks nor on the device.
+    leading dims, and `rows` may hold only some columns of each. The values depend neither on how
+    a parameter is spread over ranks nor on the device.
     """
     std = init_std(name, shape, config)
     if std is None:
         rows.fill_(1.0)
         return
-    begin = first_row * shape[-1]
-    end = begin + rows.numel()
+    begin, end = first_row * shape[-1], (first_row + rows.shape[0]) * shape[-1]
     flat = torch.empty(end - begin)
     for block in range(begin // BLOCK_ELEMENTS, -(-end // BLOCK_ELEMENTS)):
         block_begin = block * BLOCK_ELEMENTS
@@ -56,7 +63,7 @@ def init_rows(
         drawn = torch.randn(block_end - block_begin, generator=_generator(seed, name, block))
         low, high = max(begin, block_begin), min(end, block_end)
         flat[low - begin : high - begin] = drawn[low - block_begin : high - block_begin]
-    values = flat.view(rows.shape)
+    values = flat.view(-1, shape[-1])[:, first_column : first_column + rows.shape[1]]
     values *= std[first_row : first_row + rows.shape[0]] if isinstance(std, Tensor) else std
     rows.copy_(values)
 

@@ -43,7 +43,9 @@ class Context:
     sin: Tensor
     """`[tokens, rotary_dim / 2]` fp32."""
     cu_seqlens: Tensor | None
-    """`[documents + 1]` int32 boundaries of a packed row, or None."""
+    """`[documents + 1]` int32 boundaries of a packed row on the device, or None."""
+    host_cu_seqlens: Tensor | None
+    """The same as it was given, so that reading it need not wait for the device."""
     cache: Cache | None
     """Set when decoding."""
 

@@ -37,40 +37,46 @@ class Experts(nn.Module):
         return grouped_swiglu(x, counts, self.w1, self.w3, self.w2)
 
 
+class Router(nn.Linear):
+    """Logits in fp32 also in bf16 training, where rounding would decide between close experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[tokens, hidden_size]` to `[tokens, num_experts]`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
 class MoE(nn.Module):
-    """`sum_i gate_i * expert_i(x)` over the chosen experts (arXiv:2501.08313, equation 1)."""
+    """`sum_i gate_i * expert_i(x)` over the chosen experts (arXiv:2501.08313, equation 1).
+
+    The capacity limit holds in training mode only; evaluation and inference drop nothing.
+    """
 
     def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts
         self.num_experts_per_token = config.num_experts_per_token
         self.capacity_factor = moe.capacity_factor
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Router(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
     def forward(self, x: Tensor, num_tokens: int | None = None) -> tuple[Tensor, MoEStats]:
         """`[batch, tokens, hidden_size]` in and out; tokens from `num_tokens` on are padding."""
         flat = x.flatten(0, 1)
-        routing = self._route(flat)
+        routing = route(self.gate(flat), self.num_experts_per_token)
         if num_tokens is not None and num_tokens < flat.shape[0]:
             routing = mask_padding(routing, num_tokens, self.num_experts)
         num_tokens = flat.shape[0] if num_tokens is None else num_tokens
         counts = count_assignments(routing.experts, self.num_experts)
         aux_loss = load_balancing_loss(counts, routing.probabilities[:num_tokens])
         num_dropped = counts.new_zeros(())
-        if self.capacity_factor is not None:
+        if self.capacity_factor is not None and self.training:
             mean = num_tokens * self.num_experts_per_token / self.num_experts
             capacity = math.ceil(self.capacity_factor * mean)
             routing = drop_over_capacity(routing, self.num_experts, capacity)
             num_dropped = (counts - capacity).clamp(min=0).sum()
         output = self.dispatch(flat, routing)
         return output.view_as(x), MoEStats(aux_loss, counts, num_dropped)
-
-    def _route(self, flat: Tensor) -> Routing:
-        # fp32 even in bf16 training, where rounding would decide between experts that are close.
-        dtype = torch.promote_types(flat.dtype, torch.float32)
-        logits = F.linear(flat.to(dtype), self.gate.weight.to(dtype))
-        return route(logits, self.num_experts_per_token)
 
     def dispatch(self, flat: Tensor, routing: Routing) -> Tensor:
         """Send tokens to their experts and sum what comes back; expert parallelism's seam."""

@@ -39,4 +39,4 @@ class SoftmaxAttention(nn.Module):
                 k = torch.cat([cache.keys[self.layer], k], dim=1)
                 v = torch.cat([cache.values[self.layer], v], dim=1)
             cache.keys[self.layer], cache.values[self.layer] = k, v
-        return softmax_attention(q, k, v, cu_seqlens=context.cu_seqlens)
+        return softmax_attention(q, k, v, cu_seqlens=context.host_cu_seqlens)

@@ -53,6 +53,16 @@ class Block(nn.Module):
         return self.alpha * h + self.beta * output, stats
 
 
+class Head(nn.Linear):
+    """The output head: logits, or with labels the sum of their cross entropies."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """`[batch, tokens, hidden_size]` to logits, or to an fp32 scalar."""
+        if labels is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
+
+
 class TextModel(nn.Module):
     """The language model. Built without initial values; see `models.init`."""
 
@@ -62,7 +72,7 @@ class TextModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, moe, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -79,16 +89,16 @@ class TextModel(nn.Module):
             input_ids: `[batch, tokens]` int64.
             labels: `[batch, tokens]` int64, already shifted: the token that each position is to
                 predict, -100 for none.
-            cu_seqlens: `[documents + 1]` int32 boundaries of one packed row (batch 1).
+            cu_seqlens: `[documents + 1]` int32 boundaries of one packed row (batch 1); best on the
+                CPU, because softmax attention needs the lengths there.
             num_tokens: real tokens of a packed row; those behind them are padding.
             cache: carries states and keys from one call to the next when decoding.
         """
         hidden, stats = self._hidden(input_ids, cu_seqlens, num_tokens, cache)
         if labels is None:
             return self.lm_head(hidden)
-        loss_sum = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
         return LossOutput(
-            loss_sum,
+            self.lm_head(hidden, labels),
             torch.stack([s.aux_loss for s in stats]).sum(),
             torch.stack([s.counts for s in stats]),
             torch.stack([s.num_dropped for s in stats]).sum(),
@@ -106,7 +116,8 @@ class TextModel(nn.Module):
         if cache is not None:
             positions = positions + cache.num_tokens
         cos, sin = rope_tables(positions, self.config.rotary_dim, self.config.rope_theta)
-        context = Context(cos, sin, cu_seqlens, cache)
+        on_device = None if cu_seqlens is None else cu_seqlens.to(input_ids.device)
+        context = Context(cos, sin, on_device, cu_seqlens, cache)
         x = self.embed_tokens(input_ids)
         stats = []
         for block in self.layers:

@@ -43,6 +43,8 @@ def join_world() -> torch.device:
             "and MASTER_PORT: start with torchrun, or with none of them for one process"
         )
     if torch.cuda.is_available():
+        if given and "LOCAL_RANK" not in os.environ:
+            raise ValueError("the environment sets RANK but not LOCAL_RANK: start with torchrun")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

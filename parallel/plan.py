@@ -25,31 +25,39 @@ def parallelize(
 ) -> ZeroEngine:
     """Spread a model that was built on the meta device and give it its initial values.
 
-    The order is: activation checkpointing, compilation, ZeRO (experts, then blocks, then the rest),
-    memory, values. Nothing is allocated before each rank knows its part.
+    The order is: compilation or activation checkpointing, ZeRO from the inside out, memory, values.
+    Nothing is allocated before each rank knows its part.
     """
     blocks = [block for block in model.layers if isinstance(block, Block)]
     assert len(blocks) == len(model.layers)
     for block in blocks:
-        if activation_checkpointing == "full":
-            _checkpoint_activations(block)
         if compile_blocks:
             block.compile()
+        if activation_checkpointing == "full":
+            _checkpoint_activations(block)
 
     dense_stage = config.zero_stage
     expert_stage = dense_stage if config.expert_zero_stage is None else config.expert_zero_stage
     engine = ZeroEngine(model, mesh, dtype=dtype)
     for block in blocks:
+        # In fp32, as its product is: rounded weights would send some tokens to other experts.
+        engine.shard(block.block_sparse_moe.gate, dense_stage, dtype=torch.float32)
         engine.shard(block.block_sparse_moe.experts, expert_stage, experts=True)
         engine.shard(block, dense_stage)
-    engine.shard(model.embed_tokens, dense_stage)
-    engine.shard(model, dense_stage)
+    for module in (model.embed_tokens, model.lm_head, model):
+        engine.shard(module, dense_stage)
 
     engine.materialize()
     for name, parameter in engine.parameters.items():
-        for rows, first_row in local_rows(parameter):
+        for rows, first_row, first_column in local_rows(parameter):
             init_rows(
-                rows, name, parameter.shape, config=model.config, seed=seed, first_row=first_row
+                rows,
+                name,
+                parameter.shape,
+                config=model.config,
+                seed=seed,
+                first_row=first_row,
+                first_column=first_column,
             )
     return engine
 

@@ -15,6 +15,7 @@ ranks: the loss is divided by global counts before the backward pass, so nothing
 number of ranks or on the size of a mesh axis.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -42,13 +43,26 @@ class ZeroEngine:
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
 
-    def shard(self, module: nn.Module, stage: int, *, experts: bool = False) -> None:
-        """Make `module`'s parameters, less those of units inside it, one unit of ZeRO `stage`."""
+    def shard(
+        self,
+        module: nn.Module,
+        stage: int,
+        *,
+        experts: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make `module`'s parameters, less those of units inside it, one unit of ZeRO `stage`.
+
+        `dtype` is that of its computation, if it is not the model's.
+        """
+        policy = self._policy
+        if dtype is not None:
+            policy = dataclasses.replace(policy, param_dtype=dtype)
         unit = fully_shard(
             module,
             mesh=self.mesh.replicate if stage == 0 else self.mesh.shard,
             reshard_after_forward=stage == 3,
-            mp_policy=self._policy,
+            mp_policy=policy,
             shard_placement_fn=self._expert_placement if experts and stage else None,
         )
         unit.set_gradient_divide_factor(1.0)
@@ -58,8 +72,18 @@ class ZeroEngine:
 
     def _expert_placement(self, parameter: nn.Parameter) -> Shard:
         # Whole experts per rank as long as there are enough of them; else split inside each one.
-        few = parameter.shape[0] < self.mesh.dp and parameter.shape[1] % self.mesh.dp == 0
-        return Shard(1 if few else 0)
+        # Fewer experts than ranks on dim 0 would pad every rank to a whole expert.
+        if parameter.shape[0] >= self.mesh.dp:
+            return Shard(0)
+        for dim in (1, 2):
+            if parameter.shape[dim] % self.mesh.dp == 0:
+                return Shard(dim)
+        raise ValueError(
+            f"{self.mesh.dp} ranks cannot share the experts: they are more than "
+            f"model.num_experts={parameter.shape[0]} and divide neither model.expert_hidden_size "
+            "nor model.hidden_size; change the number of processes, or set "
+            "parallel.expert_zero_stage=0"
+        )
 
     def begin_micro_batch(self, *, is_last: bool) -> None:
         """Say whether the coming backward pass is the step's last; call before its forward."""
@@ -107,8 +131,8 @@ def local_part(parameter: DTensor) -> Tensor:
         return parameter.to_local()
 
 
-def local_rows(parameter: DTensor) -> Iterator[tuple[Tensor, int]]:
-    """This rank's part of a parameter as (whole rows, index of their first row).
+def local_rows(parameter: DTensor) -> Iterator[tuple[Tensor, int, int]]:
+    """This rank's part of a parameter as (rows, index of the first row, of the first column).
 
     A row is a slice along the last dim, counted over all leading dims; a parameter of one dim
     has rows of one element. A part that is not contiguous in the whole comes in several pieces.
@@ -118,8 +142,8 @@ def local_rows(parameter: DTensor) -> Iterator[tuple[Tensor, int]]:
         parameter.shape, parameter.device_mesh, parameter.placements
     )
     if local.dim() < 3:
-        yield local, offset[0]
+        yield local, offset[0], 0
         return
     assert local.dim() == 3
     for index in range(local.shape[0]):
-        yield local[index], (offset[0] + index) * parameter.shape[1] + offset[1]
+        yield local[index], (offset[0] + index) * parameter.shape[1] + offset[1], offset[2]

@@ -10,10 +10,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from fulmen.trainer.run_log import log
 
 STATE_FILE = "trainer_state.json"
 LATEST = "latest"
+Result = TypeVar("Result")
 
 
 class Checkpointer:
@@ -59,15 +60,22 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait for the save under way, and raise what it raised."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def raise_failure(self) -> None:
+        """Raise what a save in the background has raised by now, without waiting."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def close(self) -> None:
         """Finish the save under way and stop the writing thread."""
-        self.wait()
-        self._thread.shutdown()
-        self._stager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._stager.close()
 
     def find_newest(self) -> Path | None:
         """The newest whole checkpoint; broken ones are named in the log and passed over."""
@@ -80,21 +88,12 @@ class Checkpointer:
 
     def find_fault(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, or None; the ranks share the work and agree."""
-        reason = None
+        ranks = dist.get_world_size(self._group)
         try:
-            verify(path, part=self._rank, parts=dist.get_world_size(self._group))
-        except (CheckpointError, OSError) as error:
-            reason = str(error)
-        reasons: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(reasons, reason, group=self._group)
-        return next((r for r in reasons if r is not None), None)
-
-    def abandon_after(self, path: Path) -> None:
-        """Rename the checkpoints newer than `path`, so that `auto` does not go back to them."""
-        for newer in _newest_first(self._listing()):
-            if (step_of(newer) or 0) > (step_of(path) or 0):
-                _set_aside(newer)
-        dist.barrier(group=self._group)
+            self._together(lambda: verify(path, part=self._rank, parts=ranks))
+        except CheckpointError as error:
+            return str(error)
+        return None
 
     def load(self, path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
         """Fill `tensors` in place from a checkpoint that was found whole.
@@ -126,28 +125,52 @@ class Checkpointer:
     ) -> None:
         final = self.folder / f"step_{step}"
         temporary = self.folder / f".step_{step}.writing"
-        if self._rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while writing
-            temporary.mkdir(parents=True)
-            (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
-            (temporary / CONFIG_FILE).write_text(config)
-        dist.barrier(group=self._group)
+
+        def begin() -> None:
+            if self._rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+                temporary.mkdir(parents=True)
+                (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
+                (temporary / CONFIG_FILE).write_text(config)
+
+        def describe_own_files() -> dict[str, Any]:
+            names = [file.name for file in temporary.glob(f"__{self._rank}_*")]
+            if self._rank == 0:
+                names += [".metadata", STATE_FILE, CONFIG_FILE]
+            return {name: describe(temporary, name) for name in names}
+
+        def finish() -> None:
+            if self._rank == 0:
+                write_manifest(
+                    temporary, {name: e for part in described for name, e in part.items()}
+                )
+                _set_aside(final)
+                temporary.rename(final)
+                _point_latest(self.folder / LATEST, final.name)
+                self._delete_old(step)
+
+        self._together(begin)
         writer = dcp.FileSystemWriter(temporary, thread_count=1)
         dcp.save(tensors, storage_writer=writer, process_group=self._group)
-        mine = [file.name for file in temporary.glob(f"__{self._rank}_*")]
-        if self._rank == 0:
-            mine += [".metadata", STATE_FILE, CONFIG_FILE]
-        described = {name: describe(temporary, name) for name in mine}
-        everyones: list[dict[str, Any]] = [{}] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyones, described, group=self._group)
-        if self._rank == 0:
-            files = {name: entry for part in everyones for name, entry in part.items()}
-            write_manifest(temporary, files)
-            _set_aside(final)
-            temporary.rename(final)
-            _point_latest(self.folder / LATEST, final.name)
-            self._delete_old(step)
-        dist.barrier(group=self._group)
+        described = self._together(describe_own_files)
+        self._together(finish)
+
+    def _together(self, action: Callable[[], Result]) -> list[Result]:
+        """Do something on every rank and gather what it gives; if it fails on one, raise on all.
+
+        Otherwise the others would wait for the one that failed until their time-out.
+        """
+        result, reason = None, None
+        try:
+            result = action()
+        except Exception as error:
+            reason = f"{error}" if isinstance(error, CheckpointError) else repr(error)
+        box: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(box, (result, reason), group=self._group)
+        for rank, (_, failure) in enumerate(box):
+            if failure is not None:
+                raise CheckpointError(failure if len(box) == 1 else f"rank {rank}: {failure}")
+        return [result for result, _ in box]
 
     def _delete_old(self, step: int) -> None:
         # Those of later steps are broken, or they would have been resumed from: they do not count.

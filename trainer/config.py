@@ -152,6 +152,11 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_choice("trainer.dtype", config.trainer.dtype, ["bfloat16", "float32"])
     checkpointing = config.trainer.activation_checkpointing
     _check_choice("trainer.activation_checkpointing", checkpointing, ["none", "full"])
+    if config.trainer.compile and checkpointing == "full":
+        raise ValueError(
+            "trainer.compile=true does not go with trainer.activation_checkpointing=full: a block "
+            "compiled anew for its second pass saves other tensors; choose one of the two"
+        )
     for phase in config.schedule.phases:
         _check_choice("schedule.phases[].decay", phase.decay, ["constant", "exponential"])
     if not config.schedule.phases:
@@ -167,13 +172,42 @@ def check_config(config: RunConfig, world_size: int) -> None:
         raise ValueError(
             "schedule.batch_ramp: from_tokens must be positive and rise from step to step"
         )
-    if config.checkpoint.keep < 1:
-        raise ValueError(f"checkpoint.keep={config.checkpoint.keep}: must be at least 1")
-    if config.evaluation.max_tokens < 1:
-        raise ValueError(f"evaluation.max_tokens={config.evaluation.max_tokens}: must be above 0")
+    _check_ranges(config)
     if not config.data.sources:
         raise ValueError("data.sources is empty: name at least one prepared source and its path")
     _check_batches(config, world_size)
+
+
+def _check_ranges(config: RunConfig) -> None:
+    positive = {
+        "optim.lr": config.optim.lr,
+        "optim.eps": config.optim.eps,
+        "optim.grad_clip": config.optim.grad_clip,
+        "trainer.max_steps": config.trainer.max_steps,
+        "trainer.max_tokens": config.trainer.max_tokens,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep": config.checkpoint.keep,
+        "evaluation.every_steps": config.evaluation.every_steps,
+        "evaluation.max_tokens": config.evaluation.max_tokens,
+        "log.every_steps": config.log.every_steps,
+    }
+    optional = ("optim.grad_clip", "trainer.", "checkpoint.every_steps", "evaluation.every_steps")
+    for key, value in positive.items():
+        if value is not None and value <= 0:
+            off = ", or null" if key.startswith(optional) else ""
+            raise ValueError(f"{key}={value}: must be above 0{off}")
+    not_negative = {
+        "schedule.warmup_steps": config.schedule.warmup_steps,
+        "optim.weight_decay": config.optim.weight_decay,
+        "data.prefetch_steps": config.data.prefetch_steps,
+        "moe.aux_loss_coef": config.moe.aux_loss_coef,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise ValueError(f"{key}={value}: must not be negative")
+    for key, value in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"optim.{key}={value}: must be at least 0 and below 1")
 
 
 def _check_choice(key: str, value: str, choices: list[str]) -> None:

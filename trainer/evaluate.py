@@ -24,6 +24,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Cross entropy per label in nats on each held-out split; all ranks call it."""
     losses = {}
+    model.eval()
     for name, split in splits.items():
         sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)  # loss, labels
         for batch in evaluation_batches(
@@ -37,7 +38,7 @@ def evaluate(
             output = model(
                 batch.input_ids.to(mesh.device),
                 labels=batch.labels.to(mesh.device),
-                cu_seqlens=batch.cu_seqlens.to(mesh.device),
+                cu_seqlens=batch.cu_seqlens,
                 num_tokens=batch.num_tokens,
             )
             assert isinstance(output, LossOutput)
@@ -45,4 +46,5 @@ def evaluate(
             sums[1] += (batch.labels != IGNORE_INDEX).sum()
         dist.all_reduce(sums)
         losses[name] = (sums[0] / sums[1]).item()
+    model.train()
     return losses

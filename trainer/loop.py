@@ -30,7 +30,7 @@ from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
 from fulmen.trainer.schedule import batch_tokens, learning_rate, total_tokens
 from fulmen.trainer.step_stats import StepStats
-from fulmen.trainer.weights import check_same_model
+from fulmen.trainer.weights import changed_keys, check_same_model
 
 
 class Trainer:
@@ -74,8 +74,10 @@ class Trainer:
             self._mark_done()  # it may have been killed just before
             return
         with self._open_metrics() as metrics:
+            (self.run_dir / DONE).unlink(missing_ok=True)  # of a run that now goes on for longer
             self._throughput.restart()
             while not self.finished:
+                self.checkpointer.raise_failure()
                 started = time.perf_counter()
                 batch = next(self.loader)
                 data_wait_s = time.perf_counter() - started
@@ -144,15 +146,19 @@ class Trainer:
         self.checkpointer.close()
 
     def _forward(self, batch: PackedBatch) -> LossOutput:
-        device = self.mesh.device
         output = self.model(
-            batch.input_ids.to(device, non_blocking=True),
-            labels=batch.labels.to(device, non_blocking=True),
-            cu_seqlens=batch.cu_seqlens.to(device, non_blocking=True),
+            self._to_device(batch.input_ids),
+            labels=self._to_device(batch.labels),
+            cu_seqlens=batch.cu_seqlens,
             num_tokens=batch.num_tokens,
         )
         assert isinstance(output, LossOutput)
         return output
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.mesh.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.mesh.device, non_blocking=True)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {
@@ -169,6 +175,8 @@ class Trainer:
         if path is None:
             return None
         check_same_model(path, self.config.model)
+        for change in changed_keys(path, self.config):
+            log.warning("differs from %s: %s", path.name, change)
         tensors = self._tensors()
         state, absent = self.checkpointer.load(path, tensors)
         if not state:
@@ -194,17 +202,16 @@ class Trainer:
                     "run_id, so that nothing is overwritten"
                 )
             return None
-        path = Path(resume).resolve()
-        is_rewind = path.parent == self.checkpointer.folder.resolve()
-        if own is not None and not is_rewind:
+        if own is not None:
             # A requeued job repeats its command line; it must not fall back to where it began.
-            log.info("checkpoint.resume=%s is passed over: this run has gone on from there", resume)
+            log.info(
+                "checkpoint.resume=%s is where this run began; it goes on from %s", resume, own
+            )
             return own
+        path = Path(resume)
         fault = self.checkpointer.find_fault(path)
         if fault is not None:
             raise CheckpointError(f"checkpoint.resume={resume}: {fault}")
-        if is_rewind:
-            self.checkpointer.abandon_after(path)
         return path
 
     def _open_loader(self, state: dict[str, Any] | None) -> PackedLoader:

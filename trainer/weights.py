@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from fulmen.models.config import ModelConfig
+from fulmen.trainer.config import RunConfig
 from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, describe, write_manifest
 
 PREFIX = "model."
@@ -92,6 +93,26 @@ def check_same_model(path: Path, model: ModelConfig) -> None:
         )
     if differences:
         raise CheckpointError(f"{path} is of another model: {', '.join(differences)}")
+
+
+def changed_keys(path: Path, config: RunConfig) -> list[str]:
+    """Each key, with both values, in which a checkpoint's configuration differs from `config`."""
+    stored = _flatten(OmegaConf.to_container(load_run_config(path)))
+    current = _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
+    return [
+        f"{key} was {stored[key]}, is {current.get(key)}"
+        for key in sorted(stored)
+        if stored[key] != current.get(key) and not key.startswith(("checkpoint.", "log.", "run_"))
+    ]
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
 
 
 class CheckpointWeights:

@@ -14,7 +14,8 @@ def softmax_attention(
         q: `[batch, tokens, heads, head_dim]`.
         k, v: `[batch, keys, kv_heads, head_dim]`, `heads` a multiple of `kv_heads`. With
             `keys > tokens` the queries are the last `tokens` positions (decoding with a cache).
-        cu_seqlens: `[documents + 1]` int32 boundaries of a packed row (batch 1, keys = tokens).
+        cu_seqlens: `[documents + 1]` int32 boundaries of a packed row (batch 1, keys = tokens);
+            on the CPU, else the host waits for the device.
 
     Returns:
         `[batch, tokens, heads, head_dim]`, the type of `q`.

@@ -25,6 +25,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
             "linear_cross_entropy: hidden must be [tokens, hidden_size] and labels [tokens], "
             f"got {tuple(hidden.shape)} and {tuple(labels.shape)}"
         )
+    if not torch.is_grad_enabled():
+        # A parameter asks for its gradient even under no_grad.
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels)
 
 

@@ -14,7 +14,8 @@ def grouped_swiglu(x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
         w1, w3: `[num_experts, expert_hidden_size, hidden_size]`.
         w2: `[num_experts, hidden_size, expert_hidden_size]`.
     """
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    # _grouped_mm wants rows that begin at multiples of 16 bytes.
+    if x.is_cuda and x.dtype == torch.bfloat16 and w2.shape[1] % 8 == w2.shape[2] % 8 == 0:
         ends = counts.cumsum(0).to(torch.int32)
         # _grouped_mm leaves rows behind the last group unwritten, forward and backward.
         inside = (torch.arange(x.shape[0], device=x.device) < ends[-1]).unsqueeze(1)

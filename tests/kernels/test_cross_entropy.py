@@ -128,3 +128,21 @@ def test_bad_shapes_are_named() -> None:
         linear_cross_entropy(hidden[None], weight, labels)
     with pytest.raises(ValueError, match=r"got \(37, 12\) and \(36,\)"):
         linear_cross_entropy(hidden, weight, labels[1:])
+
+
+def test_no_gradient_is_computed_where_none_is_wanted() -> None:
+    """Evaluation: a parameter reports that it needs its gradient even under no_grad."""
+    products: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if "mm" in str(func):
+                products.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.nn.Parameter(torch.randn(11, 4))
+    hidden, labels = torch.randn(6, 4), torch.arange(6)
+    with torch.no_grad(), Record():
+        loss = linear_cross_entropy(hidden, weight, labels)
+    assert len(products) == 1
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.t(), labels, reduction="sum"))

@@ -481,3 +481,25 @@ def test_impossible_shapes_are_named(change: dict[str, int], message: str) -> No
 def test_impossible_capacity_is_named() -> None:
     with pytest.raises(ValueError, match=r"moe.capacity_factor=0"):
         check_model(SMALL, MoEConfig(capacity_factor=0.0))
+
+
+def test_evaluation_drops_nothing() -> None:
+    config = ModelConfig(
+        num_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        rotary_dim=4,
+        num_experts=4,
+        num_experts_per_token=2,
+        expert_hidden_size=8,
+        vocab_size=32,
+        softmax_every=2,
+    )
+    model = TextModel(config, MoEConfig(capacity_factor=0.5))
+    init_model(model, config, 0)
+    ids = torch.randint(32, (1, 40))
+    assert model(ids, labels=ids).num_dropped > 0
+    model.eval()
+    assert model(ids, labels=ids).num_dropped == 0

@@ -1,15 +1,21 @@
 """The plan reaches every layer, of either kind, and every parameter."""
 
+from functools import partial
+from typing import cast
+
 import pytest
 import torch
 from support.tiny import tiny_model
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard
 
 from fulmen.models.config import MoEConfig
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import build_mesh
+from fulmen.parallel.mesh import Mesh, build_mesh
 from fulmen.parallel.plan import parallelize
 from fulmen.parallel.zero import ZeroEngine
 
@@ -17,7 +23,11 @@ pytestmark = pytest.mark.fast
 
 
 def build(
-    device: torch.device, *, activation_checkpointing: str = "none"
+    device: torch.device,
+    *,
+    activation_checkpointing: str = "none",
+    compile_blocks: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[TextModel, ZeroEngine]:
     config = ParallelConfig(zero_stage=3)
     with torch.device("meta"):
@@ -26,9 +36,9 @@ def build(
         model,
         build_mesh(config, device),
         config,
-        dtype=torch.float32,
+        dtype=dtype,
         activation_checkpointing=activation_checkpointing,
-        compile_blocks=False,
+        compile_blocks=compile_blocks,
         seed=0,
     )
     return model, engine
@@ -41,7 +51,9 @@ def test_every_layer_and_its_experts_are_units(one_rank: torch.device) -> None:
     for block in model.layers:
         assert isinstance(block, FSDPModule)
         assert isinstance(block.block_sparse_moe.experts, FSDPModule)
+        assert isinstance(block.block_sparse_moe.gate, FSDPModule)
     assert isinstance(model.embed_tokens, FSDPModule)
+    assert isinstance(model.lm_head, FSDPModule)
     assert isinstance(model, FSDPModule)
     assert list(engine.parameters) == [name for name, _ in model.named_parameters()]
     assert all(parameter.dtype == torch.float32 for parameter in engine.parameters.values())
@@ -76,3 +88,58 @@ def test_activation_checkpointing_computes_every_block_again(
     (output.loss_sum + output.aux_loss).backward()
     assert set(calls.values()) == {passes}
     assert all(parameter.grad is not None for parameter in engine.parameters.values())
+
+
+def step(model: TextModel, engine: ZeroEngine) -> LossOutput:
+    engine.begin_micro_batch(is_last=True)
+    ids = torch.arange(12)[None]
+    output = model(ids, labels=ids)
+    assert isinstance(output, LossOutput)
+    (output.loss_sum + output.aux_loss).backward()
+    return output
+
+
+def test_the_router_is_fp32_in_bf16_training(one_rank: torch.device) -> None:
+    model, engine = build(one_rank, dtype=torch.bfloat16)
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def record(module: nn.Linear, _: object, output: torch.Tensor) -> None:
+        seen.append((module.weight.dtype, output.dtype))
+
+    for block in model.layers:
+        block.block_sparse_moe.gate.register_forward_hook(record)
+    dtypes: list[torch.dtype] = []
+    model.layers[0].register_forward_hook(lambda *args: dtypes.append(args[2][0].dtype))
+    step(model, engine)
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert dtypes == [torch.bfloat16]
+
+
+def test_compilation_is_not_lost(one_rank: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = step(*build(one_rank)).loss_sum
+    compiled = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr("torch.compile", compiled)
+    torch._dynamo.reset()
+    counters.clear()
+    model, engine = build(one_rank, compile_blocks=True)
+    output = step(model, engine)
+    assert counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(output.loss_sum, expected)
+
+
+def test_ranks_that_cannot_share_the_experts_are_told() -> None:
+    mesh = Mesh(
+        device=torch.device("cpu"),
+        world_size=4,
+        rank=0,
+        dp=4,
+        dp_rank=0,
+        shard=cast(DeviceMesh, None),
+        replicate=cast(DeviceMesh, None),
+    )
+    engine = ZeroEngine(nn.Linear(1, 1), mesh, dtype=torch.float32)
+    assert engine._expert_placement(nn.Parameter(torch.empty(4, 3, 3))) == Shard(0)
+    assert engine._expert_placement(nn.Parameter(torch.empty(2, 8, 3))) == Shard(1)
+    assert engine._expert_placement(nn.Parameter(torch.empty(2, 3, 8))) == Shard(2)
+    with pytest.raises(ValueError, match=r"4 ranks cannot share .* model\.num_experts=2"):
+        engine._expert_placement(nn.Parameter(torch.empty(2, 3, 3)))

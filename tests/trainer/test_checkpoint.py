@@ -379,21 +379,37 @@ def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own(
     assert trainer.step == 7
 
 
-def test_rewinding_a_run_abandons_what_came_after(
-    run_dir: Path, one_rank: torch.device, tiny_data: Path
+def test_a_requeued_run_does_not_fall_back_to_where_it_began(
+    run_dir: Path, one_rank: torch.device, tiny_data: Path, tmp_path: Path
 ) -> None:
-    folder = run_dir / "checkpoints"
-    config = tiny_config(tiny_data, max_steps=6)
-    config.checkpoint.resume = str(folder / "step_2")
-    trainer = build(config, run_dir)
-    trainer.close()
+    config = tiny_config(tiny_data, max_steps=4)
+    config.checkpoint.resume = str(run_dir / "checkpoints" / "step_2")
+    branch = tmp_path / "branch"
+    branch.mkdir()
+    trainer = build(config, branch)
     assert trainer.step == 2
-    assert trainer.checkpointer.find_newest() == folder / "step_2"
-    assert sorted(path.name for path in folder.glob("step_*")) == [
-        "step_2",
-        "step_4.replaced-0",
-        "step_6.replaced-0",
-    ]
+    trainer.fit()
+    trainer.close()
+    again = build(config, branch)
+    again.close()
+    assert again.step == 4
+    assert (branch / "checkpoints" / "latest").resolve().name == "step_4"
+
+
+def test_a_failed_write_stops_the_run_at_once(
+    one_rank: torch.device, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = tiny_config(tiny_data, max_steps=60)
+    config.checkpoint.every_steps = 30
+    trainer = build(config, tmp_path)
+    monkeypatch.setattr(dcp, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit()
+    assert 30 <= trainer.step < 60
+    trainer.close()  # raises no second time
 
 
 def test_another_seed_is_refused(run_dir: Path, one_rank: torch.device, tiny_data: Path) -> None:

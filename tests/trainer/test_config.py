@@ -37,6 +37,11 @@ def ramp(*steps: tuple[int, int]) -> Change:
     return put("schedule.batch_ramp", [RampConfig(start, size) for start, size in steps])
 
 
+def compile_and_checkpoint(config: RunConfig) -> None:
+    config.trainer.compile = True
+    config.trainer.activation_checkpointing = "full"
+
+
 MISTAKES = [
     (put("model.num_layers", 0), r"model\.num_layers=0: must be at least 1"),
     (put("model.num_attention_heads", 3), r"model\.num_attention_heads=3: must be a power of two"),
@@ -54,6 +59,7 @@ MISTAKES = [
         put("trainer.activation_checkpointing", "some"),
         r"trainer\.activation_checkpointing=some: must be one of none, full",
     ),
+    (compile_and_checkpoint, r"trainer\.compile=true does not go with trainer\.activation_check"),
     (put("schedule.phases", []), r"schedule\.phases is empty"),
     (
         put("schedule.phases", [PhaseConfig(10, 1.0, "linear")]),
@@ -68,7 +74,14 @@ MISTAKES = [
     (ramp((0, 256)), r"schedule\.batch_ramp: from_tokens must be positive"),
     (ramp((200, 256), (100, 512)), r"schedule\.batch_ramp: .* rise from step to step"),
     (ramp((100, 256), (100, 512)), r"schedule\.batch_ramp: .* rise from step to step"),
-    (put("checkpoint.keep", 0), r"checkpoint\.keep=0: must be at least 1"),
+    (put("checkpoint.keep", 0), r"checkpoint\.keep=0: must be above 0$"),
+    (put("optim.grad_clip", 0.0), r"optim\.grad_clip=0\.0: must be above 0, or null"),
+    (put("optim.lr", -1.0), r"optim\.lr=-1\.0: must be above 0"),
+    (put("optim.beta2", 1.0), r"optim\.beta2=1\.0: must be at least 0 and below 1"),
+    (put("checkpoint.every_steps", 0), r"checkpoint\.every_steps=0: must be above 0, or null"),
+    (put("evaluation.every_steps", 0), r"evaluation\.every_steps=0: must be above 0, or null"),
+    (put("trainer.max_tokens", 0), r"trainer\.max_tokens=0: must be above 0, or null"),
+    (put("schedule.warmup_steps", -3), r"schedule\.warmup_steps=-3: must not be negative"),
     (put("data.sources", {}), r"data\.sources is empty"),
     (
         put("trainer.micro_batch_tokens", 48),

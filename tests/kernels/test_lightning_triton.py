@@ -1,0 +1,510 @@
+"""The Triton kernels of lightning attention against the recurrence in fp64 and the reference.
+
+With a GPU the tests run on it (marker gpu). Everywhere, `test_in_the_interpreter` runs this file in
+a process of its own with TRITON_INTERPRET=1, which must be set before triton is imported.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_lightning import boundaries, recurrence
+from torch import Tensor
+
+from fulmen.kernels.lightning.launch import (
+    _attend,
+    _attend_backward,
+    choose_segment_tokens,
+    choose_tile,
+    triton_lightning_attention,
+)
+from fulmen.kernels.lightning.reference import chunked_lightning_attention
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+RUNS_KERNELS = INTERPRETED or torch.cuda.is_available()
+SLOPES = [0.0, 0.3]
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}
+"""Largest error over largest value. bf16: the interpreter truncates where the GPU rounds."""
+
+kernel_test = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not RUNS_KERNELS, reason="neither a GPU nor Triton's interpreter"),
+]
+
+
+def on_kernels(function: Any) -> Any:
+    for mark in kernel_test:
+        function = mark(function)
+    return function
+
+
+@pytest.mark.skipif(INTERPRETED, reason="already inside")
+def test_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", str(Path(__file__).resolve())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, or a wild index: an element that no kernel writes shows."""
+
+    def poison(allocate: Any) -> Any:
+        def poisoned(*args: Any, **options: Any) -> Tensor:
+            fresh = allocate(*args, **options)
+            wild = float("nan") if fresh.is_floating_point() else 123456789
+            return fresh.fill_(wild) if fresh.device.type == DEVICE else fresh
+
+        return poisoned
+
+    if RUNS_KERNELS:
+        monkeypatch.setattr(torch, "empty", poison(torch.empty))
+        monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+
+
+def make_inputs(
+    lengths: list[int],
+    *,
+    batch: int = 1,
+    dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    slopes: list[float] = SLOPES,
+    seed: int = 0,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Leaves (q, k, v, initial state), slopes, boundaries (None for a row)."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, tokens = len(slopes), sum(lengths)
+    packed = len(lengths) > 1
+    shape = (batch, tokens, heads, dim)
+    leaves = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+    sequences = len(lengths) if packed else batch
+    leaves.append(torch.randn(sequences, heads, dim, dim, generator=generator))
+    leaves = [x.to(DEVICE).requires_grad_() for x in leaves]
+    bounds = boundaries(lengths).to(DEVICE) if packed else None
+    return leaves, torch.tensor(slopes, device=DEVICE), bounds
+
+
+def exact(leaves: list[Tensor]) -> list[Tensor]:
+    return [x.detach().double().cpu().requires_grad_() for x in leaves]
+
+
+def assert_near(mine: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
+    error = (mine.detach().cpu().double() - wanted.detach().cpu().double()).abs().max()
+    bound = tolerance * wanted.detach().abs().max().cpu().clamp(min=1e-3)
+    assert error <= bound, f"{name}: {error} > {bound}"  # a NaN is not <= anything
+
+
+def compare(
+    mine: list[Tensor],
+    wanted: list[Tensor],
+    leaves: list[Tensor],
+    wanted_leaves: list[Tensor],
+    tolerance: float,
+) -> None:
+    """Results, and the gradients of a random projection of all of them."""
+    generator = torch.Generator().manual_seed(7)
+    loss, wanted_loss = torch.zeros((), device=DEVICE), torch.zeros((), dtype=torch.float64)
+    wanted_loss = wanted_loss.to(wanted[0].device)
+    for index, (a, b) in enumerate(zip(mine, wanted, strict=True)):
+        assert_near(a, b, tolerance, f"result {index}")
+        # Numbers that bf16 holds exactly, so that both sides are handed the same gradient.
+        weight = torch.randn(a.shape, generator=generator).bfloat16().float()
+        loss = loss + (a.float() * weight.to(a.device)).sum()
+        wanted_loss = wanted_loss + (b * weight.to(b.device, b.dtype)).sum()
+    got = torch.autograd.grad(loss, leaves)
+    want = torch.autograd.grad(wanted_loss, wanted_leaves)
+    names = ("q", "k", "v", "state")
+    for name, leaf, a, b in zip(names, leaves, got, want, strict=False):
+        assert a.dtype == leaf.dtype
+        assert a.shape == leaf.shape
+        assert_near(a, b, tolerance, f"gradient of {name}")
+
+
+def compare_with_recurrence(
+    lengths: list[int], *, segment_tokens: int = 0, slopes: list[float] = SLOPES, **options: Any
+) -> None:
+    leaves, device_slopes, bounds = make_inputs(lengths, slopes=slopes, **options)
+    q, k, v, state = leaves
+    out, final = triton_lightning_attention(
+        q, k, v, device_slopes, bounds, state, True, segment_tokens=segment_tokens
+    )
+    assert final is not None
+    assert out.dtype == q.dtype
+    assert final.dtype == torch.float32
+    wanted_leaves = exact(leaves)
+    wanted = recurrence(*wanted_leaves[:3], device_slopes.cpu().double(), lengths, wanted_leaves[3])
+    compare([out, final], list(wanted), leaves, wanted_leaves, TOLERANCE[q.dtype])
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "batch", "segment_tokens"),
+    [(1, 1, 0), (63, 1, 0), (65, 2, 0), (150, 1, 64), (193, 2, 64), (130, 1, 128), (128, 1, 64)],
+)
+def test_rows(tokens: int, batch: int, segment_tokens: int, dtype: torch.dtype) -> None:
+    compare_with_recurrence([tokens], batch=batch, segment_tokens=segment_tokens, dtype=dtype)
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "segment_tokens"),
+    [
+        ([1, 63, 64, 65], 0),
+        ([1, 63, 64, 65], 64),  # one document is cut
+        ([15, 16, 17, 130], 64),  # blocks of the fp32 kernels; a document of three segments
+        ([10, 0, 60], 64),  # an empty document's state passes through
+        ([0, 70, 0], 0),
+        ([1] * 9, 64),
+        ([70, 200], 128),
+    ],
+)
+def test_packed_documents(lengths: list[int], segment_tokens: int, dtype: torch.dtype) -> None:
+    compare_with_recurrence(lengths, segment_tokens=segment_tokens, dtype=dtype)
+
+
+@on_kernels
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_head_dims(dim: int) -> None:
+    """From 128 on a head is cut into slices."""
+    compare_with_recurrence(
+        [70, 1], dim=dim, slopes=[0.02], segment_tokens=64, dtype=torch.bfloat16
+    )
+
+
+@on_kernels
+@pytest.mark.skipif(INTERPRETED, reason="slow there, and nothing new")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("segment_tokens", [0, 512])
+def test_larger(dim: int, segment_tokens: int, dtype: torch.dtype) -> None:
+    slopes = [2.0 ** -(i / 2) for i in range(16)]
+    leaves, device_slopes, bounds = make_inputs(
+        [1000, 1, 3000, 97], dim=dim, dtype=dtype, slopes=slopes
+    )
+    wanted_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    out, _ = triton_lightning_attention(
+        *leaves[:3], device_slopes, bounds, None, False, segment_tokens=segment_tokens
+    )
+    wanted, _ = chunked_lightning_attention(
+        *wanted_leaves[:3], device_slopes.double(), bounds, None, False
+    )
+    compare([out], [wanted], leaves[:3], wanted_leaves[:3], 2 * TOLERANCE[dtype])
+
+
+@on_kernels
+@pytest.mark.parametrize("segment_tokens", [0, 64])
+@pytest.mark.parametrize("lengths", [[140], [75, 65]])
+def test_reference_without_states(lengths: list[int], segment_tokens: int) -> None:
+    (q, k, v, _), slopes, bounds = make_inputs(lengths)
+    out, final = triton_lightning_attention(
+        q, k, v, slopes, bounds, None, False, segment_tokens=segment_tokens
+    )
+    assert final is None
+    wanted, _ = chunked_lightning_attention(q, k, v, slopes, bounds, None, False)
+    compare([out], [wanted], [q, k, v], [q, k, v], TOLERANCE[q.dtype])
+
+
+@on_kernels
+@pytest.mark.parametrize("segment_tokens", [0, 64])
+def test_gradient_through_the_final_state_alone(segment_tokens: int) -> None:
+    leaves, slopes, _ = make_inputs([100], batch=2)
+    q, k, v, state = leaves
+    _, final = triton_lightning_attention(
+        q, k, v, slopes, None, state, True, segment_tokens=segment_tokens
+    )
+    assert final is not None
+    wanted_leaves = exact(leaves)
+    _, wanted = recurrence(*wanted_leaves[:3], slopes.cpu(), [100], wanted_leaves[3])
+    compare([final], [wanted], leaves[1:], wanted_leaves[1:], TOLERANCE[q.dtype])
+    assert not torch.autograd.grad(
+        triton_lightning_attention(q, k, v, slopes, None, None, True)[1].sum(), q
+    )[0].any()
+
+
+@on_kernels
+def test_strided_inputs() -> None:
+    """Views of a joint projection, and rows stored by head; the gradient arrives expanded."""
+    generator = torch.Generator().manual_seed(3)
+    qkv = torch.randn(2, 70, 2, 3 * 16, generator=generator).to(DEVICE).requires_grad_()
+    q, k, v = qkv.split(16, dim=-1)
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not q.is_contiguous()
+    assert not k.is_contiguous()
+    slopes = torch.tensor([0.1, 0.0], device=DEVICE)
+    out, _ = triton_lightning_attention(q, k, v, slopes, None, None, False, segment_tokens=64)
+    wanted, _ = chunked_lightning_attention(q, k, v, slopes, None, None, False)
+    compare([out], [wanted], [qkv], [qkv], TOLERANCE[torch.float32])
+    # The sum's gradient is one number, expanded to all strides 0.
+    got = torch.autograd.grad(
+        triton_lightning_attention(q, k, v, slopes, None, None, False)[0].sum(),
+        qkv,
+        retain_graph=True,  # of the split
+    )
+    wanted, _ = chunked_lightning_attention(q, k, v, slopes, None, None, False)
+    want = torch.autograd.grad(wanted.sum(), qkv)
+    assert_near(got[0], want[0], TOLERANCE[torch.float32], "gradient of a sum")
+
+
+@on_kernels
+@pytest.mark.parametrize("segment_tokens", [0, 64])
+def test_no_slope_overflows(segment_tokens: int) -> None:
+    slopes = [0.0, 1e-4, 1.0, 1e4, float("inf")]
+    leaves, device_slopes, _ = make_inputs([140], slopes=slopes)
+    q, k, v, state = leaves
+    out, final = triton_lightning_attention(
+        q, k, v, device_slopes, None, state, True, segment_tokens=segment_tokens
+    )
+    assert final is not None
+    wanted_leaves = exact(leaves)
+    finite = device_slopes.cpu().double().clamp(max=1e4)
+    wanted = recurrence(*wanted_leaves[:3], finite, [140], wanted_leaves[3])
+    compare([out, final], list(wanted), leaves, wanted_leaves, TOLERANCE[torch.float32])
+
+
+@on_kernels
+@pytest.mark.parametrize("segment_tokens", [0, 64])
+def test_a_document_does_not_see_another_one(segment_tokens: int) -> None:
+    """Not even its NaN."""
+    lengths = [40, 90, 70]
+    (q, k, v, _), slopes, bounds = make_inputs(lengths)
+    results = []
+    for value in (0.5, float("nan")):
+        leaves = [x.detach().clone() for x in (q, k, v)]
+        for x in leaves:
+            x[:, 40:130] = value
+            x.requires_grad_()
+        out, final = triton_lightning_attention(
+            *leaves, slopes, bounds, None, True, segment_tokens=segment_tokens
+        )
+        assert final is not None
+        loss = out[:, :40].sum() + out[:, 130:].sum() + final[0].sum() + final[2].sum()
+        results.append([out, *torch.autograd.grad(loss, leaves)])
+    for clean, dirty in zip(*results, strict=True):
+        for part in (slice(0, 40), slice(130, 200)):
+            assert torch.equal(clean[:, part], dirty[:, part])
+
+
+@on_kernels
+def test_cutting_changes_rounding_only() -> None:
+    (q, k, v, state), slopes, bounds = make_inputs([200, 30])
+    results = [
+        triton_lightning_attention(q, k, v, slopes, bounds, state, True, segment_tokens=segment)
+        for segment in (0, 64, 128, 1024)
+    ]
+    for out, final in results[1:]:
+        assert final is not None
+        assert results[0][1] is not None
+        assert_near(out, results[0][0], 1e-6, "output")
+        assert_near(final, results[0][1], 1e-6, "final state")
+
+
+@on_kernels
+def test_nothing_to_do() -> None:
+    (q, k, v, state), slopes, _ = make_inputs([0])
+    out, final = triton_lightning_attention(q, k, v, slopes, None, state, True)
+    assert out.shape == q.shape
+    assert final is not None
+    assert torch.equal(final, state)
+
+
+@on_kernels
+def test_what_the_kernels_cannot_take_is_named() -> None:
+    (q, k, v, _), slopes, _ = make_inputs([4])
+
+    def call(*tensors: Tensor, segment_tokens: int = 0) -> None:
+        triton_lightning_attention(
+            *tensors, slopes, None, None, False, segment_tokens=segment_tokens
+        )
+
+    with pytest.raises(ValueError, match="need q in float32 or bfloat16"):
+        call(q.half(), k.half(), v.half())
+    with pytest.raises(ValueError, match=r"need v in float32 or bfloat16 and q, k, v of one"):
+        call(q, k, v.bfloat16())
+    with pytest.raises(ValueError, match=r"k must be contiguous in its last dimension"):
+        call(q, k.transpose(2, 3).contiguous().transpose(2, 3), v)
+    for dim in (8, 24, 512):
+        wide = [torch.zeros(1, 4, 3, dim, device=DEVICE) for _ in range(3)]
+        with pytest.raises(ValueError, match=f"power of two from 16 to 256, got {dim}"):
+            call(*wide)
+    with pytest.raises(ValueError, match="multiple of 64, got 100"):
+        call(q, k, v, segment_tokens=100)
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    ("lengths", "segment_tokens", "with_states"), [([70], 0, False), ([65, 1], 64, True)]
+)
+def test_opcheck(
+    lengths: list[int], segment_tokens: int, with_states: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second case needs every place of the table: states of unused ones are never written."""
+    monkeypatch.undo()
+    (q, k, v, state), slopes, bounds = make_inputs(lengths, slopes=[0.1])
+    initial = state if with_states else None
+    arguments = (q, k, v, slopes, bounds, initial, with_states, segment_tokens)
+    torch.library.opcheck(_attend, arguments)
+    with torch.no_grad():
+        out, final, states = _attend(*arguments)
+        d_final = final if with_states else None
+        backward = (out, d_final, q, k, v, slopes, bounds, initial, states, segment_tokens)
+        torch.library.opcheck(_attend_backward, backward)
+
+
+@on_kernels
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_whole(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    (q, k, v, _), slopes, bounds = make_inputs([30, 50])
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, final = triton_lightning_attention(q * 1.5, k, v, slopes, bounds, None, True)
+        assert final is not None
+        return out.sum(-1) + final.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=dynamic, backend="aot_eager" if INTERPRETED else "inductor"
+    )
+    want = model(q, k, v)
+    got = compiled(q, k, v)
+    assert_near(got, want, 1e-6, "output")
+    wanted = torch.autograd.grad(want.square().sum(), [q, k, v])
+    gradients = torch.autograd.grad(got.square().sum(), [q, k, v])
+    for name, a, b in zip("qkv", gradients, wanted, strict=True):
+        assert_near(a, b, 1e-6, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("segment_tokens", [0, 2**16])
+def test_addresses_of_a_million_tokens(
+    segment_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2^32 numbers a tensor; the last tokens equal those of a short row, by decay."""
+    if torch.cuda.get_device_properties(0).total_memory < 100 * 2**30:
+        pytest.skip("needs 100 GiB")
+    monkeypatch.undo()
+    tokens, tail, shown = 2**20, 4096, 512
+    slopes = torch.linspace(0.02, 1.0, 64, device="cuda")
+    shape = (1, tokens, 64, 64)
+    q, k, v = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)
+    )
+    out, _ = triton_lightning_attention(
+        q, k, v, slopes, None, None, False, segment_tokens=segment_tokens
+    )
+    ends = [x[:, -tail:].detach().float().requires_grad_() for x in (q, k, v)]
+    wanted, _ = chunked_lightning_attention(*ends, slopes, None, None, False)
+    assert_near(out[:, -shown:], wanted[:, -shown:], 1.6e-2, "output")
+    weight = torch.randn(1, tail, 64, 64, device="cuda").bfloat16()
+    whole = torch.zeros_like(out)
+    whole[:, -tail:] = weight
+    gradients = torch.autograd.grad(out, [q, k, v], whole)
+    wanted_gradients = torch.autograd.grad(wanted, ends, weight.float())
+    for name, a, b in zip("qkv", gradients, wanted_gradients, strict=True):
+        assert_near(a[:, -shown:], b[:, -shown:], 1.6e-2, name)
+
+
+@pytest.mark.fast
+def test_the_plan_fills_the_chip() -> None:
+    def choose(tokens: int, heads: int, batch: int = 1) -> int:
+        programs = batch * heads * 128 // choose_tile(torch.bfloat16, 128).block_values
+        return choose_segment_tokens(tokens, programs, block_tokens=64, num_processors=132)
+
+    assert choose(2**15, 64) == 0  # 128 programs on 132 multiprocessors
+    assert choose(2**20, 64) == 0
+    assert choose(2**15, 16, batch=4) == 0
+    assert choose(2**15, 16) == 2048  # 16 segments x 32 programs, two a multiprocessor and more
+    assert choose(2**15, 1) == 512  # no segment below eight chunks
+    assert choose(400, 1) == 0
+    for heads in (1, 2, 4, 8, 16, 32):
+        segment = choose(2**17, heads)
+        programs = 2**17 // segment * heads * 2
+        assert segment % 512 == 0
+        assert programs >= 2 * 132 or segment == 512
+
+
+class _Hopper:
+    """A driver without a device: what Triton asks before it compiles."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: Any = None) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled_for_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Any]]:
+    """Launches compile for sm_90 and run nothing; gives the (name, compiled kernel) of each."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels.append((self.__name__, kernel))
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", _Hopper())
+    return kernels
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RUNS_KERNELS, reason="for machines that compile and cannot run")
+@pytest.mark.parametrize(
+    ("dtype", "dim", "segment_tokens"),
+    [
+        (torch.bfloat16, 128, 0),
+        (torch.bfloat16, 128, 64),
+        (torch.bfloat16, 64, 0),
+        (torch.bfloat16, 256, 64),
+        (torch.float32, 128, 64),
+    ],
+)
+def test_compiles_for_hopper(
+    dtype: torch.dtype, dim: int, segment_tokens: int, compiled_for_hopper: list[tuple[str, Any]]
+) -> None:
+    """Tensor cores, 16-byte asynchronous copies, and shared memory for as many as planned."""
+    cut = segment_tokens > 0
+    leaves = [torch.zeros(1, 256, 4, dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+    state = torch.zeros(2, 4, dim, dim, requires_grad=True) if cut else None
+    bounds = boundaries([100, 156]) if cut else None
+    out, final = triton_lightning_attention(
+        *leaves, torch.ones(4), bounds, state, cut, segment_tokens=segment_tokens
+    )
+    loss = out.sum() if final is None else out.sum() + final.sum()
+    loss.backward()
+    names = {name for name, _ in compiled_for_hopper}
+    in_pieces = {"segment_table_kernel", "local_state_kernel", "carry_kernel"}
+    assert names == {"forward_kernel", "backward_kernel"} | (in_pieces if cut else set())
+    for name, kernel in compiled_for_hopper:
+        assert kernel.metadata.shared <= 227 * 1024
+        if dtype == torch.bfloat16 and name in ("forward_kernel", "backward_kernel"):
+            assert "wgmma.mma_async" in kernel.asm["ptx"], name
+            assert "cp.async.cg.shared.global" in kernel.asm["ptx"], name
+            if dim <= 128 and (cut or name == "backward_kernel"):
+                assert 2 * (kernel.metadata.shared + 1024) <= 228 * 1024, name
