@@ -40,6 +40,8 @@ LAYER, NUM_LAYERS = 40, 80
 """Whose slopes are taken, of Text-01's."""
 TOLERANCE = 1e-2
 """Norm of the error over the norm of the fp64 result, for bf16 inputs."""
+COMPILED_TOKENS = 8192
+"""The compiler unrolls the reference's loop over chunks: beyond this it takes many minutes."""
 L2_BYTES = 256 * 2**20
 FORWARD_TENSORS, TRAINING_TENSORS = 4, 11
 
@@ -84,8 +86,8 @@ class Inputs:
         )
 
 
-def lightning_providers(with_fla: bool) -> dict[str, Attention]:
-    """Name -> attention; fla only where it is installed."""
+def lightning_providers(tokens: int, with_fla: bool) -> dict[str, Attention]:
+    """Name -> attention; fla only where it is installed, torch.compile for short rows."""
     from fulmen.kernels.lightning.launch import triton_lightning_attention
     from fulmen.kernels.lightning.reference import chunked_lightning_attention
 
@@ -96,7 +98,8 @@ def lightning_providers(with_fla: bool) -> dict[str, Attention]:
         return chunked_lightning_attention(q, k, v, slopes, bounds, None, False)[0]
 
     providers = {"fulmen triton": ours, "fulmen reference": plain}
-    providers["torch.compile of reference"] = torch.compile(plain, dynamic=False)
+    if tokens <= COMPILED_TOKENS:
+        providers["torch.compile of reference"] = torch.compile(plain, dynamic=False)
     if with_fla and importlib.util.find_spec("fla") is not None:
         from fla.ops.simple_gla import chunk_simple_gla
 
@@ -237,7 +240,7 @@ def run_lightning(options: Any, device: torch.device, ceiling: float) -> list[di
         except torch.OutOfMemoryError:
             print(f"lightning {case.name}: the inputs do not fit", flush=True)
             continue
-        for name, attention in lightning_providers(options.fla).items():
+        for name, attention in lightning_providers(case.tokens, options.fla).items():
             torch.cuda.empty_cache()
             row = {"op": "lightning", "tokens": case.name, "provider": name}
             row |= measure(attention, truth, inputs, case, options, ceiling)

@@ -92,7 +92,7 @@ class PackedLoader:
     ) -> None:
         _check_micro_batch(seq_len, micro_batch_tokens)
         self._planner = _Planner(
-            _open_sources(sources, split, vocab_size),
+            _open_sources(sources, split, vocab_size, dp_rank, dp_size),
             {name: source.weight for name, source in sources.items()},
             seq_len=seq_len,
             micro_batch_tokens=micro_batch_tokens,
@@ -116,6 +116,11 @@ class PackedLoader:
                 daemon=True,
             )
             self._thread.start()
+
+    @property
+    def splits(self) -> list[PreparedSplit]:
+        """The open sources, sorted by name."""
+        return self._planner.splits
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
@@ -333,13 +338,15 @@ def _as_array(rows: Sequence[Sequence[Piece]]) -> IntArray:
 
 
 def _open_sources(
-    sources: Mapping[str, SourceConfig], split: str, vocab_size: int
+    sources: Mapping[str, SourceConfig], split: str, vocab_size: int, part: int, num_parts: int
 ) -> list[PreparedSplit]:
     """Every source, sorted by name so that the order in the configuration changes nothing."""
     if not sources:
         raise ValueError("data.sources is empty: name at least one prepared folder")
     splits = [
-        PreparedSplit(source.path, split, name=name, vocab_size=vocab_size)
+        PreparedSplit(
+            source.path, split, name=name, vocab_size=vocab_size, part=part, num_parts=num_parts
+        )
         for name, source in sorted(sources.items())
     ]
     for other in splits[1:]:

@@ -52,8 +52,9 @@ class PreparedSplit:
 
     `name` is the source's key in data.sources, for messages. `verify` reads every byte and
     compares checksums; by default that is done below 1 GiB, and above it only the sizes of all
-    files and the checksums of the indexes are compared. Raises ValueError, naming the file or
-    the key, for anything that is missing, empty, damaged, or outside the vocabulary.
+    files and the checksums of the indexes are compared. Ranks share that work: one of `num_parts`
+    reads shards part, part + num_parts, ... Raises ValueError, naming the file or the key, for
+    anything that is missing, empty, damaged, or outside the vocabulary.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class PreparedSplit:
         name: str,
         vocab_size: int,
         verify: bool | None = None,
+        part: int = 0,
+        num_parts: int = 1,
     ) -> None:
         self.path, self.split, self.name = Path(path), split, name
         try:
@@ -90,9 +93,11 @@ class PreparedSplit:
             )
         if verify is None:
             verify = sum(shard["tokens_bytes"] for shard in shards) < VERIFY_BELOW_BYTES
-        for shard in shards:
-            self._check(shard["tokens_file"], shard["tokens_bytes"], shard["tokens_sha256"], verify)
-            self._check(shard["index_file"], shard["index_bytes"], shard["index_sha256"], True)
+        for number, shard in enumerate(shards):
+            own = number % num_parts == part
+            whole = own and verify
+            self._check(shard["tokens_file"], shard["tokens_bytes"], shard["tokens_sha256"], whole)
+            self._check(shard["index_file"], shard["index_bytes"], shard["index_sha256"], own)
 
         if len(shards) > 100:
             # Each map holds a file open, and the usual soft limit is 1024.

@@ -234,7 +234,14 @@ class Trainer:
             return {}
         vocab_size = self.config.model.vocab_size
         return {
-            name: PreparedSplit(source.path, "valid", name=name, vocab_size=vocab_size)
+            name: PreparedSplit(
+                source.path,
+                "valid",
+                name=name,
+                vocab_size=vocab_size,
+                part=self.mesh.dp_rank,
+                num_parts=self.mesh.dp,
+            )
             for name, source in self.config.data.sources.items()
         }
 

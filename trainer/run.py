@@ -30,8 +30,8 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
             # Not before the trainer has agreed to go on with what the folder holds.
             (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
             if trainer.held_out:
-                sources, vocab_size = config.data.sources, config.model.vocab_size
-                loss = unigram_loss(sources, trainer.held_out, vocab_size)
+                weights = {name: source.weight for name, source in config.data.sources.items()}
+                loss = unigram_loss(trainer.loader.splits, trainer.held_out, weights)
                 log.info("a unigram model of this data has a loss of %.3f", loss)
                 update_summary(run_dir, {"unigram_loss": loss})
         trainer.fit()

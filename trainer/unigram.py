@@ -1,33 +1,34 @@
 """The unigram model of the training data: the yardstick that any language model must beat."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from fulmen.data.config import SourceConfig
 from fulmen.data.shards import PreparedSplit
 
 MAX_TOKENS = 20_000_000
 
 
 def unigram_loss(
-    sources: Mapping[str, SourceConfig], held_out: Mapping[str, PreparedSplit], vocab_size: int
+    train: Iterable[PreparedSplit],
+    held_out: Mapping[str, PreparedSplit],
+    weights: Mapping[str, float],
 ) -> float:
     """Cross entropy in nats of held-out tokens under the training data's token frequencies.
 
     Frequencies are those of at most the first 20 M tokens of each source, plus one per token of
     the vocabulary; sources are mixed by their weights, in training and in held-out data alike.
     """
-    total_weight = sum(source.weight for source in sources.values())
-    train, valid = np.zeros(vocab_size), np.zeros(vocab_size)
-    for name, source in sources.items():
-        share = source.weight / total_weight
-        counts = _count(PreparedSplit(source.path, "train", name=name, vocab_size=vocab_size)) + 1
-        train += share * counts / counts.sum()
-        counts = _count(held_out[name])
-        valid += share * counts / counts.sum()
-    return float(-(valid * np.log(train)).sum())
+    model: npt.NDArray[np.float64] = np.zeros(1)
+    data: npt.NDArray[np.float64] = np.zeros(1)
+    for split in train:
+        share = weights[split.name] / sum(weights.values())
+        counts = _count(split) + 1
+        model = model + share * counts / counts.sum()
+        counts = _count(held_out[split.name])
+        data = data + share * counts / counts.sum()
+    return float(-(data * np.log(model)).sum())
 
 
 def _count(split: PreparedSplit) -> npt.NDArray[np.float64]:
