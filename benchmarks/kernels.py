@@ -197,8 +197,7 @@ def measure(
             torch.cuda.synchronize()
             row[f"{name}_first_call_s"] = round(time.perf_counter() - started, 2)
             if wrong:
-                row["failed"] = wrong
-                return row
+                return {"failed": wrong}
             milliseconds = median_ms(run, options.seconds)
         except torch.OutOfMemoryError:
             row[f"{name}_skipped"] = "out of memory"

@@ -33,7 +33,7 @@ thousands; "L2" is what all programs load and store, both slices reading a and b
 
 | pass | memory, tensors | L2, tensors | FLOP | memory ms | FLOP ms |
 |---|---|---|---|---|---|
-| forward, whole documents | q k v out = 4 | 2(q k) v out = 6 | 2(2CD + CD + 2DD) = 11.5 | 0.50 | 0.30 |
+| forward, uncut | q k v out = 4 | 2(q k) v out = 6 | 2(2CD + CD + 2DD) = 11.5 | 0.50 | 0.30 |
 | dq | 4 | 6 | 11.5 | 0.50 | 0.30 |
 | dk and dv | 4 + 2 = 6 | 12 | 22.9 | 0.75 | 0.61 |
 | phase 1, if cut | b c = 2 | 3 | 2DD = 3.3 | 0.25 | 0.09 |
