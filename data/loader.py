@@ -5,7 +5,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
@@ -30,12 +30,10 @@ from fulmen.data.shards import IntArray, PreparedSplit
 _STATE_VERSION = 1
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """What one optimiser step trains on; the totals are over all data-parallel ranks."""
+@dataclass(frozen=True, kw_only=True)
+class StepTotals:
+    """What is known of an optimiser step as a whole, over all data-parallel ranks."""
 
-    micro_batches: list[PackedBatch]
-    """Micro-batches of this rank, in order."""
     num_tokens: int
     """Real tokens, padding left out."""
     num_labels: int
@@ -50,17 +48,20 @@ class StepBatch:
     """JSON-able state after this step: give it to a new loader to go on from here."""
 
 
-@dataclass(frozen=True)
-class _StepPlan:
-    """A step before its tokens are read: the pieces ([n, 5]) of each micro-batch, all ranks."""
+@dataclass(frozen=True, kw_only=True)
+class StepBatch(StepTotals):
+    """What one optimiser step trains on."""
 
-    micro_batches: list[IntArray]
-    num_tokens: int
-    num_labels: int
-    sum_squared_lengths: int
-    source_tokens: dict[str, int]
-    digest: str
-    state: dict[str, Any]
+    micro_batches: list[PackedBatch]
+    """Micro-batches of this rank, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StepPlan(StepTotals):
+    """A step before its tokens are read."""
+
+    pieces: list[IntArray]
+    """`[n, 5]` for each micro-batch, all ranks."""
 
 
 class PackedLoader:
@@ -170,18 +171,12 @@ def _produce(
 
 def _read_step(planner: "_Planner", dp_rank: int, dp_size: int) -> StepBatch:
     plan = planner.next_step()
-    return StepBatch(
-        micro_batches=[
-            read_micro_batch(pieces, planner.splits, num_tokens=planner.micro_batch_tokens)
-            for pieces in plan.micro_batches[dp_rank::dp_size]
-        ],
-        num_tokens=plan.num_tokens,
-        num_labels=plan.num_labels,
-        sum_squared_lengths=plan.sum_squared_lengths,
-        source_tokens=plan.source_tokens,
-        digest=plan.digest,
-        state=plan.state,
-    )
+    totals = {item.name: getattr(plan, item.name) for item in fields(StepTotals)}
+    micro_batches = [
+        read_micro_batch(pieces, planner.splits, num_tokens=planner.micro_batch_tokens)
+        for pieces in plan.pieces[dp_rank::dp_size]
+    ]
+    return StepBatch(micro_batches=micro_batches, **totals)
 
 
 class _Planner:
@@ -244,7 +239,7 @@ class _Planner:
         self._step += 1
         self._tokens += num_tokens
         return _StepPlan(
-            micro_batches=micro_batches,
+            pieces=micro_batches,
             num_tokens=num_tokens,
             num_labels=num_tokens - int(pieces[:, LAST].sum()),
             sum_squared_lengths=int((lengths * lengths).sum()),
