@@ -159,7 +159,7 @@ def test_each_token_once_an_epoch(make_folder: MakeFolder) -> None:
     packed: Counter[tuple[int, int]] = Counter()
     for _ in range(12):
         plan = loader._planner.next_step()
-        for _, document, start, length, _ in np.concatenate(plan.micro_batches).tolist():
+        for _, document, start, length, _ in np.concatenate(plan.pieces).tolist():
             packed.update((document, token) for token in range(start, start + length))
         place = plan.state["mixture"]["sources"]["one"]
         order = RandomOrder(40, f"7/one/train/{place['epoch']}")
