@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup data pretrain test test-fast check bench clean
+.PHONY: help setup data pretrain test test-gpu test-fast check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ pretrain: $(STAMP) data  ## train a small Text-01 on real text, then let it writ
 test: $(STAMP)  ## every test
 	@echo "== running the tests"
 	@$(BIN)/python -m pytest
+
+test-gpu: $(STAMP)  ## the tests that need a GPU, on a machine that has one
+	@FULMEN_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 test-fast: $(STAMP)  ## the tier for each save
 	@$(BIN)/python -m pytest -m fast

@@ -4,6 +4,9 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Everything but the tests marked `gpu` is about the CPU, also on a machine with GPUs.
+if os.environ.get("FULMEN_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"):
     os.environ.pop(name, None)
 

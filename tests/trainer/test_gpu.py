@@ -1,0 +1,60 @@
+"""A run on a GPU: bf16 with fp32 masters, close to the CPU, saved and gone on with, no waiting."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny import tiny_config
+
+from fulmen.parallel.mesh import build_mesh
+from fulmen.trainer.config import RunConfig
+from fulmen.trainer.loop import Trainer
+from fulmen.trainer.metrics import read_metrics
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def config_of(data: Path, dtype: str, *, max_steps: int) -> RunConfig:
+    config = tiny_config(data, max_steps=max_steps)
+    config.trainer.dtype = dtype
+    config.checkpoint.every_steps = 2
+    return config
+
+
+def losses_of(config: RunConfig, run_dir: Path, device: torch.device) -> list[float]:
+    run_dir.mkdir(exist_ok=True)
+    trainer = Trainer(config, build_mesh(config.parallel, device), run_dir)
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+    return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+def test_a_run_is_near_fp32_and_resumes(
+    one_rank: torch.device, tiny_data: Path, tmp_path: Path
+) -> None:
+    exact = losses_of(config_of(tiny_data, "float32", max_steps=4), tmp_path / "a", one_rank)
+    low = losses_of(config_of(tiny_data, "bfloat16", max_steps=4), tmp_path / "b", one_rank)
+    assert low == pytest.approx(exact, rel=5e-3)
+    losses_of(config_of(tiny_data, "bfloat16", max_steps=2), tmp_path / "c", one_rank)
+    resumed = losses_of(config_of(tiny_data, "bfloat16", max_steps=4), tmp_path / "c", one_rank)
+    assert resumed == pytest.approx(low, rel=1e-3)
+
+
+def test_a_step_does_not_wait_for_the_device(
+    one_rank: torch.device, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_of(tiny_data, "bfloat16", max_steps=4)
+    trainer = Trainer(config, build_mesh(config.parallel, one_rank), tmp_path)
+    try:
+        trainer.train_step(next(trainer.loader))  # allocations and first calls may wait
+        batch = next(trainer.loader)
+        torch.cuda.set_sync_debug_mode("error")
+        trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.close()
