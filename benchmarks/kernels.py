@@ -1,7 +1,9 @@
 """Speed of fulmen's kernels beside torch, torch.compile and fla, against the chip's own copy.
 
-    python benchmarks/kernels.py [lengths=[32768]] [documents=64] [heads=64] [fla=false] output=DIR
+    python benchmarks/kernels.py [lengths=[32768]] [documents=64] [heads=64] output=DIR
+    python benchmarks/kernels.py rivals=false lengths=[32768] tile=[64,64,8,3,2] segment_tokens=0
 
+The second form tries another cut of the work: `tile` is launch.Tile's numbers in their order.
 A provider's output and gradients are checked against the fp64 reference first, on two heads and in
 the same run; one that fails gets no figures. TB/s counts each input read once and each output
 written once (forward 4 tensors, forward and backward 11), per cent is of the device copy measured
@@ -32,7 +34,9 @@ DEFAULTS = {
     "packed_length": 32768,
     "heads": 64,
     "head_dim": 128,
-    "fla": True,
+    "rivals": True,
+    "tile": None,
+    "segment_tokens": 0,
     "seconds": 1.0,
     "output": None,
 }
@@ -86,26 +90,35 @@ class Inputs:
         )
 
 
-def lightning_providers(tokens: int, with_fla: bool) -> dict[str, Attention]:
-    """Name -> attention; fla only where it is installed, torch.compile for short rows."""
-    from fulmen.kernels.lightning.launch import triton_lightning_attention
+def lightning_providers(tokens: int, options: Any) -> dict[str, Attention]:
+    """Name -> attention: ours, then the rivals that are installed and can do this length."""
+    from fulmen.kernels.lightning import launch
     from fulmen.kernels.lightning.reference import chunked_lightning_attention
 
+    if options.tile:
+        tile = launch.Tile(*options.tile)
+        launch.choose_tile = lambda *_: tile
+
     def ours(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bounds: Tensor | None) -> Tensor:
-        return triton_lightning_attention(q, k, v, slopes, bounds, None, False)[0]
+        return launch.triton_lightning_attention(
+            q, k, v, slopes, bounds, None, False, segment_tokens=options.segment_tokens
+        )[0]
 
     def plain(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bounds: Tensor | None) -> Tensor:
         return chunked_lightning_attention(q, k, v, slopes, bounds, None, False)[0]
 
-    providers = {"fulmen triton": ours, "fulmen reference": plain}
+    providers = {"fulmen triton": ours}
+    if not options.rivals:
+        return providers
+    providers["fulmen reference"] = plain
     if tokens <= COMPILED_TOKENS:
         providers["torch.compile of reference"] = torch.compile(plain, dynamic=False)
-    if with_fla and importlib.util.find_spec("fla") is not None:
+    if importlib.util.find_spec("fla") is not None:
         from fla.ops.simple_gla import chunk_simple_gla
 
         def rival(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bounds: Tensor | None) -> Tensor:
-            long_bounds = None if bounds is None else bounds.long()
-            return chunk_simple_gla(q, k, v, g_gamma=-slopes, scale=1.0, cu_seqlens=long_bounds)[0]
+            bounds = None if bounds is None else bounds.long()
+            return chunk_simple_gla(q, k, v, g_gamma=-slopes, scale=1.0, cu_seqlens=bounds)[0]
 
         providers["fla chunk_simple_gla"] = rival
     return providers
@@ -239,7 +252,7 @@ def run_lightning(options: Any, device: torch.device, ceiling: float) -> list[di
         except torch.OutOfMemoryError:
             print(f"lightning {case.name}: the inputs do not fit", flush=True)
             continue
-        for name, attention in lightning_providers(case.tokens, options.fla).items():
+        for name, attention in lightning_providers(case.tokens, options).items():
             torch.cuda.empty_cache()
             row = {"op": "lightning", "tokens": case.name, "provider": name}
             row |= measure(attention, truth, inputs, case, options, ceiling)
@@ -299,6 +312,8 @@ def describe(options: Any, ceiling: float) -> dict[str, Any]:
         "copy_tb_per_s": round(ceiling, 2),
         "heads": options.heads,
         "head_dim": options.head_dim,
+        "tile": list(options.tile) if options.tile else "the table's",
+        "segment_tokens": options.segment_tokens or "chosen",
     }
 
 

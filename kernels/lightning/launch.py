@@ -38,13 +38,18 @@ class Tile:
     block_values: int
     num_warps: int
     num_stages: int
-    """Loads in flight where a program has a multiprocessor to itself: one less is computed on."""
+    """Depth of the pipeline of loads where a program has a multiprocessor to itself."""
     stages_together: int
-    """The same where two programs are to fit."""
+    """The same where two programs are to share one."""
 
 
 def choose_tile(dtype: torch.dtype, head_dim: int) -> Tile:
-    """The table of tuned choices, for H100 and H200 (one chip but for its memory)."""
+    """The table for H100 and H200 (one chip but for its memory).
+
+    Chosen by what the compiler reports for sm_90 (registers, shared memory, no spills in the loop);
+    not timed yet. To be timed at head_dim 128: (64, 64, 8, 3, 3), which has no spills, a program
+    per multiprocessor and twice the warps, and (64, 128, 8, 3, 2), which reads q and k once.
+    """
     if dtype == torch.float32:
         # Exact fp32 products have no tensor cores: small tiles, for registers and compile time.
         return Tile(16, 16, 4, 1, 1)
@@ -102,6 +107,12 @@ class Plan:
         if packed and self.segment_tokens:
             return self.tokens // self.segment_tokens + self.num_sequences
         return self.num_sequences * self.segments_per_row
+
+    def num_cuts(self, packed: bool) -> int:
+        """Like `num_segments`. A document of n tokens has (n - 1) // segment_tokens."""
+        if packed and self.segment_tokens:
+            return self.tokens // self.segment_tokens
+        return self.num_sequences * (self.segments_per_row - 1)
 
     @property
     def slices(self) -> int:
@@ -182,14 +193,12 @@ class _Launcher:
     def documents(self) -> tuple[Tensor, Tensor]:
         return (self.slopes if self.cu_seqlens is None else self.cu_seqlens), self.table
 
-    def entering_states(
-        self, b: Tensor, c: Tensor, outer: Tensor | None, *, reverse: bool
-    ) -> Tensor | None:
-        """Phases 1 and 2: the state that enters each segment; None if all are zero."""
+    def cut_states(self, b: Tensor, c: Tensor, outer: Tensor | None, *, reverse: bool) -> Tensor:
+        """Phases 1 and 2: the states at the cuts; `outer` are those that enter sequences."""
         plan = self.plan
-        if not plan.segment_tokens:
-            return outer
-        states = torch.empty(_states_shape(plan, self.packed), dtype=torch.float32, device=b.device)
+        states = torch.empty(_cuts_shape(plan, self.packed), dtype=torch.float32, device=b.device)
+        if not states.numel():
+            return states
         cu_seqlens, table = self.documents()
         _run(
             local_state_kernel,
@@ -227,8 +236,8 @@ class _Launcher:
         return states
 
 
-def _states_shape(plan: Plan, packed: bool) -> tuple[int, ...]:
-    return plan.num_segments(packed), plan.heads, plan.head_dim, plan.head_dim
+def _cuts_shape(plan: Plan, packed: bool) -> tuple[int, ...]:
+    return plan.num_cuts(packed), plan.heads, plan.head_dim, plan.head_dim
 
 
 def _state_shape(plan: Plan) -> tuple[int, ...]:
@@ -257,13 +266,10 @@ def _attend(
     output_final_state: bool,
     segment_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state (empty unless asked for), and the states that enter segments.
-
-    The third is for the backward pass; empty where no document was cut.
-    """
+    """Output, final state (empty unless asked for), states at the cuts (for the backward pass)."""
     plan = _make_plan(q, cu_seqlens, segment_tokens)
     launcher = _Launcher(plan, slopes, cu_seqlens)
-    entering = launcher.entering_states(k, v, initial_state, reverse=False)
+    states = launcher.cut_states(k, v, initial_state, reverse=False)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     final = q.new_empty(_state_shape(plan) if output_final_state else (0,), dtype=torch.float32)
     _run(
@@ -277,16 +283,17 @@ def _attend(
         _strides(k),
         _strides(v),
         slopes,
-        slopes if entering is None else entering,
+        states if initial_state is None else initial_state,
+        states,
         final,
         *launcher.documents(),
-        HAS_ENTERING=entering is not None,
+        HAS_OUTER=initial_state is not None,
+        IS_CUT=states.numel() > 0,
         STORE_LEAVING=output_final_state,
         TRANSPOSED=False,
         **launcher.scan_options(),
     )
-    saved = entering if plan.segment_tokens else None
-    return out, final, q.new_empty(0, dtype=torch.float32) if saved is None else saved
+    return out, final, states
 
 
 @_attend.register_fake
@@ -301,11 +308,10 @@ def _(
     segment_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = _make_plan(q, cu_seqlens, segment_tokens)
-    states = _states_shape(plan, cu_seqlens is not None) if plan.segment_tokens else (0,)
     return (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         q.new_empty(_state_shape(plan) if output_final_state else (0,), dtype=torch.float32),
-        q.new_empty(states, dtype=torch.float32),
+        q.new_empty(_cuts_shape(plan, cu_seqlens is not None), dtype=torch.float32),
     )
 
 
@@ -328,8 +334,7 @@ def _attend_backward(
     # Autograd chooses the layout of the gradients that it hands in; the kernels need whole rows.
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
-    entering = states if plan.segment_tokens else initial_state
-    gradients = launcher.entering_states(q, d_out, d_final, reverse=True)
+    gradients = launcher.cut_states(q, d_out, d_final, reverse=True)
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     has_initial = initial_state is not None
     d_initial = q.new_empty(_state_shape(plan) if has_initial else (0,), dtype=torch.float32)
@@ -344,12 +349,14 @@ def _attend_backward(
         _strides(v),
         _strides(k),
         slopes,
-        slopes if entering is None else entering,
+        states if initial_state is None else initial_state,
+        states,
         d_initial,
         *launcher.documents(),
-        HAS_ENTERING=entering is not None,
+        HAS_OUTER=has_initial,
+        IS_CUT=states.numel() > 0,
         STORE_LEAVING=False,
-        TRANSPOSED=entering is not None,
+        TRANSPOSED=has_initial or states.numel() > 0,
         **launcher.scan_options(),
     )
     _run(
@@ -366,10 +373,12 @@ def _attend_backward(
         _strides(v),
         _strides(d_out),
         slopes,
-        slopes if gradients is None else gradients,
+        gradients if d_final is None else d_final,
+        gradients,
         d_initial,
         *launcher.documents(),
-        HAS_ENTERING=gradients is not None,
+        HAS_OUTER=d_final is not None,
+        IS_CUT=gradients.numel() > 0,
         STORE_LEAVING=has_initial,
         **launcher.scan_options(together=True),
     )

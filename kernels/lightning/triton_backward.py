@@ -36,7 +36,8 @@ def backward_kernel(
     v_strides,
     d_out_strides,
     slopes,
-    entering_gradients,
+    outer_gradients,
+    cut_gradients,
     leaving_gradients,
     cu_seqlens,
     table,
@@ -48,13 +49,15 @@ def backward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
     PACKED: tl.constexpr,
-    HAS_ENTERING: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    IS_CUT: tl.constexpr,
     STORE_LEAVING: tl.constexpr,
 ):
     """`dk = reverse scan(v, do, q)` and `dv = reverse scan(k, q, do)`.
 
-    `entering_gradients`: of the state at each segment's right end; `leaving_gradients`: of the
-    initial states. Grid: segments x heads x slices x (dk, dv), the last fastest.
+    `outer_gradients`: of the final states; `cut_gradients`: of the states at the cuts;
+    `leaving_gradients`: of the initial states. Grid: segments x heads x slices x (dk, dv), the last
+    fastest.
     """
     is_dv = tl.program_id(0) % 2 == 1
     scan_slice(
@@ -66,7 +69,8 @@ def backward_kernel(
         choose(is_dv, q_strides, d_out_strides),
         choose(is_dv, d_out_strides, q_strides),
         slopes,
-        entering_gradients,
+        outer_gradients,
+        cut_gradients,
         leaving_gradients,
         # States in memory are [key, value], like dv's own; dk's are transposed.
         tl.where(is_dv, HEAD_DIM, 1),
@@ -83,7 +87,8 @@ def backward_kernel(
         BLOCK_TOKENS,
         BLOCK_VALUES,
         PACKED,
-        HAS_ENTERING,
+        HAS_OUTER,
+        IS_CUT,
         STORE_LEAVING,
         True,
     )

@@ -17,10 +17,11 @@ in registers.
 **Phases.** Where sequences x heads x slices fill the chip, a segment is a whole document and
 `forward_kernel` alone does everything. Otherwise long documents are cut: (1) `local_state_kernel`,
 each segment's own state from b and c; (2) `carry_kernel`, a short scan over a document's segments
-(`S <- l^n S + local`), which turns these into the states that enter the segments; (3)
-`forward_kernel` from there. The initial state enters in phase 2 (phase 3 if there is one segment);
-the final state leaves in phase 3, so phase 1 skips every document's last segment. Backward reads
-the saved entering states for dq and runs phases 1 and 2 once for dk and dv together.
+(`S <- l^n S + local`), which turns these into the states at the cuts; (3) `forward_kernel` from
+there. States are kept per cut, not per segment: at most tokens / segment length of them however
+many documents there are, and short documents pass phases 1 and 2 for nothing. The final state
+leaves in phase 3. Backward reads the saved states at the cuts for dq and runs phases 1 and 2 once
+for dk and dv together.
 
 **Decay.** Every exponent is <= 0. In reverse the state that enters is multiplied by l^(tokens up to
 the segment's end), one power fewer than forward: the gradient of a final state meets the last
@@ -37,7 +38,7 @@ thousands; "L2" is what all programs load and store, both slices reading a and b
 | dq | 4 | 6 | 11.5 | 0.50 | 0.30 |
 | dk and dv | 4 + 2 = 6 | 12 | 22.9 | 0.75 | 0.61 |
 | phase 1, if cut | b c = 2 | 3 | 2DD = 3.3 | 0.25 | 0.09 |
-| phase 2, if cut | 128 KiB a segment and head | as memory | - | 0.01 | - |
+| phase 2, if cut | 128 KiB a cut and head | as memory | - | 0.01 | - |
 
 So 0.50 ms forward and 1.75 ms in all is the floor; through L2 (5.5 TB/s, from elsewhere) it is 0.59
 and 2.34 ms, so L2 bounds this design. Compiled for sm_90 by Triton 3.6 and 3.7, a chunk takes 670
@@ -74,6 +75,17 @@ def log2_decay_of(slopes, head):
     """Log2 of the decay a token. The bound makes an infinite slope `l = 0` with `l^0 = 1`."""
     slope = tl.load(slopes + head).to(tl.float32)
     return -1.4426950408889634 * tl.minimum(slope, 1e4)
+
+
+@triton.jit
+def share_of(program, heads, HEAD_DIM: tl.constexpr, BLOCK_VALUES: tl.constexpr):
+    """(segment, head, first column of the slice) of a program.
+
+    A head's slices are neighbours, so that the second one finds a and b in L2.
+    """
+    slices: tl.constexpr = HEAD_DIM // BLOCK_VALUES
+    column = (program % slices) * BLOCK_VALUES
+    return program // (slices * heads), (program // slices) % heads, column
 
 
 @triton.jit
@@ -182,6 +194,15 @@ def scan(
 
 
 @triton.jit
+def cut_before(segment, sequence):
+    """Number of the cut at a segment's first token; the cut at its end is the next one.
+
+    All sequences' cuts are numbered through: each sequence has one fewer than segments.
+    """
+    return segment - sequence - 1
+
+
+@triton.jit
 def state_tile(
     states,
     index,
@@ -210,7 +231,8 @@ def scan_slice(
     b_strides,
     c_strides,
     slopes,
-    entering_states,
+    outer_states,
+    cut_states,
     leaving_states,
     row_stride,
     column_stride,
@@ -226,32 +248,33 @@ def scan_slice(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
     PACKED: tl.constexpr,
-    HAS_ENTERING: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    IS_CUT: tl.constexpr,
     STORE_LEAVING: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """One program's whole work: a slice of one head of one segment.
 
-    `out` is contiguous. `entering_states` has a state per segment; `leaving_states`, one per
-    sequence, is written by the sequence's last segment in the order of the scan if STORE_LEAVING
-    and `stores_leaving`. The strides of a state's rows and columns tell whether memory holds the
-    scan's states or their transposes.
+    `out` is contiguous. `outer_states`, one per sequence, enter its first segment in the order of
+    the scan (zero unless HAS_OUTER); `cut_states`, one per cut, enter the others;
+    `leaving_states`, one per sequence, are written by its last segment if STORE_LEAVING and
+    `stores_leaving`. The strides of a state's rows and columns tell whether memory holds the scan's
+    states or their transposes.
     """
-    # A head's slices are neighbours, so that the second one finds a and b in L2.
-    slices: tl.constexpr = HEAD_DIM // BLOCK_VALUES
-    column = (program % slices) * BLOCK_VALUES
-    head = (program // slices) % heads
-    segment = program // (slices * heads)
+    segment, head, column = share_of(program, heads, HEAD_DIM, BLOCK_VALUES)
     sequence, row, first, end, is_first, is_last = segment_bounds(
         segment, cu_seqlens, table, tokens, segment_tokens, segments_per_row, PACKED
     )
     if sequence >= 0:
-        if HAS_ENTERING:
+        if HAS_OUTER or IS_CUT:
+            at_edge = is_last if REVERSE else is_first
+            states = tl.where(at_edge, outer_states, cut_states)
+            index = tl.where(at_edge, sequence, cut_before(segment, sequence) + REVERSE)
             tile = state_tile(
-                entering_states, segment, heads, head, column, row_stride, column_stride,
+                states, index, heads, head, column, row_stride, column_stride,
                 HEAD_DIM, BLOCK_VALUES,
             )  # fmt: skip
-            state = tl.load(tile)
+            state = tl.load(tile, mask=tl.where(at_edge, HAS_OUTER, IS_CUT), other=0.0)
         else:
             state = tl.zeros([HEAD_DIM, BLOCK_VALUES], dtype=tl.float32)
         out_token = heads * HEAD_DIM
@@ -295,7 +318,8 @@ def forward_kernel(
     k_strides,
     v_strides,
     slopes,
-    entering_states,
+    outer_states,
+    cut_states,
     leaving_states,
     cu_seqlens,
     table,
@@ -307,7 +331,8 @@ def forward_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
     PACKED: tl.constexpr,
-    HAS_ENTERING: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    IS_CUT: tl.constexpr,
     STORE_LEAVING: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
@@ -324,7 +349,8 @@ def forward_kernel(
         k_strides,
         v_strides,
         slopes,
-        entering_states,
+        outer_states,
+        cut_states,
         leaving_states,
         1 if TRANSPOSED else HEAD_DIM,
         HEAD_DIM if TRANSPOSED else 1,
@@ -340,7 +366,8 @@ def forward_kernel(
         BLOCK_TOKENS,
         BLOCK_VALUES,
         PACKED,
-        HAS_ENTERING,
+        HAS_OUTER,
+        IS_CUT,
         STORE_LEAVING,
         False,
     )
@@ -366,15 +393,12 @@ def local_state_kernel(
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """Phase 1: `states[segment] = sum_j l^(distance to the segment's far end) b_j c_j^T`.
+    """Phase 1: `states[cut] = sum_j l^(distance to the cut) b_j c_j^T` over one segment.
 
-    Grid as in `forward_kernel`. A segment whose state nobody takes up writes nothing.
+    It is the segment before the cut, in the order of the scan; a segment with no cut behind it does
+    nothing. Grid as in `forward_kernel`.
     """
-    slices: tl.constexpr = HEAD_DIM // BLOCK_VALUES
-    program = tl.program_id(0)
-    column = (program % slices) * BLOCK_VALUES
-    head = (program // slices) % heads
-    segment = program // (slices * heads)
+    segment, head, column = share_of(tl.program_id(0), heads, HEAD_DIM, BLOCK_VALUES)
     sequence, row, first, end, is_first, is_last = segment_bounds(
         segment, cu_seqlens, table, tokens, segment_tokens, segments_per_row, PACKED
     )
@@ -405,7 +429,8 @@ def local_state_kernel(
             _entering, leaving, carry = chunk_weights(log2_decay, token, count, REVERSE)
             weighed = (c_chunk.to(tl.float32) * leaving[:, None]).to(c_chunk.dtype)
             state = product(tl.trans(b_chunk), weighed, state * carry)
-        tile = state_tile(states, segment, heads, head, column, HEAD_DIM, 1, HEAD_DIM, BLOCK_VALUES)
+        cut = cut_before(segment, sequence) + (0 if REVERSE else 1)
+        tile = state_tile(states, cut, heads, head, column, HEAD_DIM, 1, HEAD_DIM, BLOCK_VALUES)
         tl.store(tile, state)
 
 
@@ -426,10 +451,9 @@ def carry_kernel(
     HAS_OUTER: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """Phase 2: replaces each segment's own state by the one that enters it, in place.
+    """Phase 2: adds to each cut's state all that was before its segment, in place.
 
-    `outer_states`: per sequence, what enters its first segment (in the order of the scan). Grid:
-    sequences x heads x parts of BLOCK numbers, the parts fastest.
+    Grid: sequences x heads x parts of BLOCK numbers, the parts fastest.
     """
     parts: tl.constexpr = STATE_SIZE // BLOCK
     program = tl.program_id(0)
@@ -449,14 +473,13 @@ def carry_kernel(
         state = tl.load(outer_states + outer + within)
     else:
         state = tl.zeros([BLOCK], dtype=tl.float32)
-    for step in range(count):
+    for step in range(count - 1):
         index = count - 1 - step if REVERSE else step
-        here = states + (tl.cast(first + index, tl.int64) * heads + head) * STATE_SIZE + within
-        # The last step's own state was never computed: nothing takes it up.
-        own = tl.load(here, mask=(within >= 0) & (step < count - 1), other=0.0)
-        tl.store(here, state)
+        cut = cut_before(first + index, sequence) + (0 if REVERSE else 1)
+        here = states + (tl.cast(cut, tl.int64) * heads + head) * STATE_SIZE + within
         size = tl.minimum(length - index * segment_tokens, segment_tokens)
-        state = state * tl.exp2(log2_decay * (size + 0.0)) + own
+        state = state * tl.exp2(log2_decay * (size + 0.0)) + tl.load(here)
+        tl.store(here, state)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_segments", "segment_tokens"])

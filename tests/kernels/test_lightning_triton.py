@@ -352,7 +352,7 @@ def test_what_the_kernels_cannot_take_is_named() -> None:
 def test_opcheck(
     lengths: list[int], segment_tokens: int, with_states: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second case needs every place of the table: states of unused ones are never written."""
+    """The second case has as many cuts as there may be: states of others are never written."""
     monkeypatch.undo()
     (q, k, v, state), slopes, bounds = make_inputs(lengths, slopes=[0.1])
     initial = state if with_states else None
