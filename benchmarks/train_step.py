@@ -38,6 +38,7 @@ DEFAULTS = {
     "activation_checkpointing": "none",
     "dtype": "bfloat16",
     "rival": True,
+    "lightning": "reference",  # or triton
     "output": None,
 }
 
@@ -68,7 +69,7 @@ class Ours:
         self.optimizer = Optimizer(self.engine, OptimConfig(lr=1e-4))
         tokens, document = options.micro_batch_tokens, options.document_tokens
         bounds = [*range(0, tokens, document), tokens]
-        self.cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+        self.cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
         self.tokens = tokens
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -118,6 +119,28 @@ class Transformers:
         self.optimizer.zero_grad()
 
 
+def use_triton() -> None:
+    """Put the Triton kernels under the lightning layers."""
+    from fulmen.kernels.lightning.launch import triton_lightning_attention
+    from fulmen.models import lightning
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        *,
+        cu_seqlens: Tensor | None,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        return triton_lightning_attention(
+            q, k, v, slopes, cu_seqlens, initial_state, output_final_state
+        )
+
+    lightning.lightning_attention = attention
+
+
 def measure(runner: Any, config: ModelConfig, options: Any, device: torch.device) -> dict[str, Any]:
     """Median step time over `steps` steps on fresh random tokens, and the peak memory."""
     times = []
@@ -165,6 +188,8 @@ def main() -> None:
     recipes = Path(__file__).resolve().parent.parent / "recipes"
     values = OmegaConf.to_container(OmegaConf.load(recipes / "model" / f"{options.model}.yaml"))
     config = ModelConfig(**values)
+    if options.lightning == "triton":
+        use_triton()
     device = join_world()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -176,6 +201,7 @@ def main() -> None:
             rows.append(
                 {
                     "model": options.model,
+                    "lightning": options.lightning,
                     "parameters": count_parameters(runner.model),
                     "active": count_active_parameters(runner.model),
                     "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
