@@ -19,10 +19,10 @@ run() { # name, seconds, command
     grep -v -i warn "$out/$1.log" | tail -n "${4:-6}" | cut -c1-400
 }
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-run tests_trainer 100 "python3 -m pytest -m gpu tests/trainer tests/kernels/test_moe.py -q -p no:cacheprovider" 15
-run step_1b_reference 110 "python3 benchmarks/train_step.py model=text01_1b steps=50 output=$out/step_1b_reference.jsonl" 5
-run tests_triton 150 "python3 -m pytest -m gpu tests/kernels/test_lightning_triton.py -q -x -p no:cacheprovider -k 'not million'" 15
-run step_1b_triton 70 "python3 benchmarks/train_step.py model=text01_1b steps=50 lightning=triton rival=false output=$out/step_1b_triton.jsonl" 4
-run kernels 100 "python3 benchmarks/kernels.py 'lengths=[8192,32768]' rivals=false output=$out/kernels" 25
-[ -d data_cache/stdlib ] && run pretrain_1b 120 "python3 launch/pretrain.py recipe=text01_1b run_root=/tmp/runs run_id=gpu data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=65536 trainer.max_steps=50 evaluation.every_steps=25 checkpoint.every_steps=null; cp /tmp/runs/text01_1b/gpu/metrics.jsonl /tmp/runs/text01_1b/gpu/report.html $out/" 8
+run tests_trainer 90 "python3 -m pytest -m gpu tests/trainer tests/kernels/test_moe.py -q -p no:cacheprovider" 15
+run step_1b 70 "python3 benchmarks/train_step.py model=text01_1b steps=50 output=$out/step_1b.jsonl" 5
+[ -d data_cache/stdlib ] && run pretrain_1b 100 "python3 launch/pretrain.py recipe=text01_1b run_root=/tmp/runs run_id=gpu data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=65536 trainer.max_steps=50 evaluation.every_steps=25 checkpoint.every_steps=null; cp /tmp/runs/text01_1b/gpu/metrics.jsonl /tmp/runs/text01_1b/gpu/report.html $out/" 8
+run kernels 120 "python3 benchmarks/kernels.py 'lengths=[8192,32768]' rivals=false output=$out/kernels" 25
+run step_1b_reference 70 "python3 benchmarks/train_step.py model=text01_1b steps=20 lightning=reference rival=false output=$out/step_1b_reference.jsonl" 5
+run tests_triton 120 "python3 -m pytest -m gpu tests/kernels/test_lightning_triton.py -q -x -p no:cacheprovider -k 'not million'" 15
 exit 0

@@ -159,7 +159,7 @@ class Truth:
         return ""
 
 
-def median_ms(run: Callable[[int], None], seconds: float) -> float:
+def median_ms(run: Callable[[int], object], seconds: float) -> float:
     """Median time of `run(index)`, after three warm-ups, over about `seconds`."""
     for index in range(3):
         run(index)
@@ -180,7 +180,7 @@ def copy_ceiling(device: torch.device, seconds: float) -> float:
     """TB/s of a device copy of 2 GiB, bytes read plus bytes written."""
     source = torch.randn(2**29, device=device)
     target = torch.empty_like(source)
-    milliseconds = median_ms(lambda _: target.copy_(source) and None, seconds)
+    milliseconds = median_ms(lambda _: target.copy_(source), seconds)
     return 2 * source.nbytes / milliseconds / 1e9
 
 

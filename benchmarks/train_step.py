@@ -38,7 +38,7 @@ DEFAULTS = {
     "activation_checkpointing": "none",
     "dtype": "bfloat16",
     "rival": True,
-    "lightning": "reference",  # or triton
+    "lightning": "triton",  # or reference
     "output": None,
 }
 
@@ -68,8 +68,11 @@ class Ours:
         )
         self.optimizer = Optimizer(self.engine, OptimConfig(lr=1e-4))
         tokens, document = options.micro_batch_tokens, options.document_tokens
-        bounds = [*range(0, tokens, document), tokens]
-        self.cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        if tokens % document:
+            raise ValueError("micro_batch_tokens must be a multiple of document_tokens")
+        bounds = range(0, tokens + 1, document)
+        self.cu_seqlens = torch.tensor(list(bounds), dtype=torch.int32, device=device)
+        self.document_lengths = [document] * (tokens // document)
         self.tokens = tokens
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -119,26 +122,11 @@ class Transformers:
         self.optimizer.zero_grad()
 
 
-def use_triton() -> None:
-    """Put the Triton kernels under the lightning layers."""
-    from fulmen.kernels.lightning.launch import triton_lightning_attention
-    from fulmen.models import lightning
+def use_reference() -> None:
+    """Take the torch reference under the lightning layers, on a GPU too."""
+    from fulmen.kernels.lightning import op
 
-    def attention(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        *,
-        cu_seqlens: Tensor | None,
-        initial_state: Tensor | None,
-        output_final_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return triton_lightning_attention(
-            q, k, v, slopes, cu_seqlens, initial_state, output_final_state
-        )
-
-    lightning.lightning_attention = attention
+    op.runs_triton = lambda q: False
 
 
 def measure(runner: Any, config: ModelConfig, options: Any, device: torch.device) -> dict[str, Any]:
@@ -188,8 +176,8 @@ def main() -> None:
     recipes = Path(__file__).resolve().parent.parent / "recipes"
     values = OmegaConf.to_container(OmegaConf.load(recipes / "model" / f"{options.model}.yaml"))
     config = ModelConfig(**values)
-    if options.lightning == "triton":
-        use_triton()
+    if options.lightning == "reference":
+        use_reference()
     device = join_world()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True

@@ -45,7 +45,8 @@ class Context:
     cu_seqlens: Tensor | None
     """`[documents + 1]` int32 boundaries of a packed row on the device, or None."""
     host_cu_seqlens: Tensor | None
-    """The same as it was given, so that reading it need not wait for the device."""
+    """The same in host memory where the caller gave the lengths, so that reading it need not wait
+    for the device."""
     cache: Cache | None
     """Set when decoding."""
 

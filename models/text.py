@@ -1,5 +1,7 @@
 """MiniMax-Text-01: embedding, post-norm blocks of attention and experts, untied head."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -80,6 +82,7 @@ class TextModel(nn.Module):
         *,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        document_lengths: Sequence[int] | None = None,
         num_tokens: int | None = None,
         cache: Cache | None = None,
     ) -> Tensor | LossOutput:
@@ -89,12 +92,13 @@ class TextModel(nn.Module):
             input_ids: `[batch, tokens]` int64.
             labels: `[batch, tokens]` int64, already shifted: the token that each position is to
                 predict, -100 for none.
-            cu_seqlens: `[documents + 1]` int32 boundaries of one packed row (batch 1); best on the
-                CPU, because softmax attention needs the lengths there.
+            cu_seqlens: `[documents + 1]` int32 boundaries of one packed row (batch 1).
+            document_lengths: the same as lengths; without them, softmax attention has to wait for
+                the device to learn them.
             num_tokens: real tokens of a packed row; those behind them are padding.
             cache: carries states and keys from one call to the next when decoding.
         """
-        hidden, stats = self._hidden(input_ids, cu_seqlens, num_tokens, cache)
+        hidden, stats = self._hidden(input_ids, cu_seqlens, document_lengths, num_tokens, cache)
         if labels is None:
             return self.lm_head(hidden)
         return LossOutput(
@@ -108,6 +112,7 @@ class TextModel(nn.Module):
         self,
         input_ids: Tensor,
         cu_seqlens: Tensor | None,
+        document_lengths: Sequence[int] | None,
         num_tokens: int | None,
         cache: Cache | None,
     ) -> tuple[Tensor, list[MoEStats]]:
@@ -116,8 +121,10 @@ class TextModel(nn.Module):
         if cache is not None:
             positions = positions + cache.num_tokens
         cos, sin = rope_tables(positions, self.config.rotary_dim, self.config.rope_theta)
-        on_device = None if cu_seqlens is None else cu_seqlens.to(input_ids.device)
-        context = Context(cos, sin, on_device, cu_seqlens, cache)
+        on_host = cu_seqlens
+        if document_lengths is not None:
+            on_host = torch.tensor([0, *accumulate(document_lengths)], dtype=torch.int32)
+        context = Context(cos, sin, cu_seqlens, on_host, cache)
         x = self.embed_tokens(input_ids)
         stats = []
         for block in self.layers:

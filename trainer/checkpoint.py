@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, describe, verify, write_manifest
 from fulmen.trainer.run_log import log
@@ -40,22 +41,15 @@ class Checkpointer:
         self._rank = dist.get_rank(self._group)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=torch.cuda.is_available(),
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=False,
-            )
-        )
+        self._buffers: dict[str, Tensor] = {}
+        self._host_meshes: dict[DeviceMesh, DeviceMesh] = {}
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: str
     ) -> None:
         """Copy the tensors and write them in the background; waits for the save before it."""
         self.wait()
-        staged = self._stager.stage(dict(tensors))
-        assert isinstance(staged, dict)
+        staged = self._copy_to_host(tensors)
         self._pending = self._thread.submit(self._write, step, staged, dict(state), config)
 
     def wait(self) -> None:
@@ -75,7 +69,6 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._stager.close()
 
     def find_newest(self) -> Path | None:
         """The newest whole checkpoint; broken ones are named in the log and passed over."""
@@ -119,6 +112,37 @@ class Checkpointer:
         dcp.load(wanted, storage_reader=reader, process_group=self._group)
         file = path / STATE_FILE
         return (json.loads(file.read_text()) if file.exists() else {}), absent
+
+    def _copy_to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory that is kept for the next save; sharded as the originals are."""
+        copies: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(
+                    local.shape, dtype=local.dtype, pin_memory=local.is_cuda
+                )
+            copy = self._buffers[name].copy_(local, non_blocking=True)
+            copies[name] = copy
+            if isinstance(tensor, DTensor):
+                copies[name] = DTensor.from_local(
+                    copy,
+                    self._host_mesh(tensor.device_mesh),
+                    tensor.placements,
+                    run_check=False,
+                    shape=tensor.shape,
+                    stride=tensor.stride(),
+                )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _host_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The same ranks as a mesh of CPUs, which a tensor in host memory needs."""
+        if mesh not in self._host_meshes:
+            on_host = mesh.device_type == "cpu"
+            self._host_meshes[mesh] = mesh if on_host else DeviceMesh("cpu", mesh.mesh)
+        return self._host_meshes[mesh]
 
     def _write(
         self, step: int, tensors: dict[str, Any], state: dict[str, Any], config: str

@@ -38,7 +38,8 @@ def evaluate(
             output = model(
                 batch.input_ids.to(mesh.device),
                 labels=batch.labels.to(mesh.device),
-                cu_seqlens=batch.cu_seqlens,
+                cu_seqlens=batch.cu_seqlens.to(mesh.device),
+                document_lengths=batch.cu_seqlens.diff().tolist(),
                 num_tokens=batch.num_tokens,
             )
             assert isinstance(output, LossOutput)

@@ -149,7 +149,8 @@ class Trainer:
         output = self.model(
             self._to_device(batch.input_ids),
             labels=self._to_device(batch.labels),
-            cu_seqlens=batch.cu_seqlens,
+            cu_seqlens=self._to_device(batch.cu_seqlens),
+            document_lengths=batch.cu_seqlens.diff().tolist(),
             num_tokens=batch.num_tokens,
         )
         assert isinstance(output, LossOutput)

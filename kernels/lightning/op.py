@@ -1,4 +1,4 @@
-"""The public op: argument checks, and the choice between one row and packed documents."""
+"""The public op: argument checks, and the choice between Triton and the reference."""
 
 import itertools
 
@@ -50,6 +50,12 @@ def lightning_attention(
             f"got {tuple(initial_state.shape)}"
         )
 
+    if runs_triton(q):
+        from fulmen.kernels.lightning import launch
+
+        return launch.triton_lightning_attention(
+            q, k, v, slopes, cu_seqlens, initial_state, output_final_state
+        )
     if cu_seqlens is None or (initial_state is None and not output_final_state):
         return chunked_lightning_attention(
             q, k, v, slopes, cu_seqlens, initial_state, output_final_state
@@ -65,3 +71,12 @@ def lightning_attention(
         states.append(state)
     final_state = torch.cat([s for s in states if s is not None]) if output_final_state else None
     return torch.cat(outputs, dim=1), final_state
+
+
+def runs_triton(q: Tensor) -> bool:
+    """Whether the Triton kernels take this input: on a GPU, where they support its shape."""
+    if not q.is_cuda:
+        return False
+    from fulmen.kernels.lightning import launch
+
+    return q.dtype in launch.DTYPES and q.shape[3] in launch.HEAD_DIMS
