@@ -28,7 +28,7 @@ setup(
     package_dir=packages(),
     package_data={"fulmen.recipes": ["**/*.yaml", "*.yaml"]},
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.11",  # its CUDA builds bring Triton
         "numpy",
         "hydra-core>=1.3",
         "datasets",
