@@ -67,6 +67,7 @@ check: $(STAMP) .types/fulmen  ## lint, format and types
 bench: $(STAMP)  ## the figures of docs/performance.md that this machine can give
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/train_step.py $(BENCH)
+	@$(BIN)/python benchmarks/kernels.py
 
 clean:  ## remove what make built; runs and other data stay
 	@rm -rf $(VENV) .types .mypy_cache .ruff_cache build *.egg-info $(DATA)
