@@ -1,18 +1,22 @@
 """The Triton kernels of lightning attention against the recurrence in fp64 and the reference.
 
-With a GPU the tests run on it (marker gpu). Without one, `test_in_the_interpreter` runs this file
-in a process of its own with TRITON_INTERPRET=1, which must be set before triton is imported.
-(Triton 3.6 interprets only beside numpy below 2.4; later ones beside any.)
+With a GPU the tests run on it (marker gpu), without one in Triton's interpreter.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.interpreter import (
+    DEVICE,
+    INTERPRETED,
+    RUNS_KERNELS,
+    assert_near,
+    on_kernels,
+    run_in_interpreter,
+    without_kernels,
+)
 from test_lightning import boundaries, recurrence
 from torch import Tensor
 
@@ -25,54 +29,16 @@ from fulmen.kernels.lightning.launch import (
 )
 from fulmen.kernels.lightning.reference import chunked_lightning_attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-RUNS_KERNELS = INTERPRETED or torch.cuda.is_available()
 SLOPES = [0.0, 0.3]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}
 """Largest error over largest value. bf16: the interpreter truncates where the GPU rounds."""
 
-kernel_test = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not RUNS_KERNELS, reason="neither a GPU nor Triton's interpreter"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 
 
-def on_kernels(function: Any) -> Any:
-    for mark in kernel_test:
-        function = mark(function)
-    return function
-
-
-@pytest.mark.skipif(RUNS_KERNELS, reason="they run here: on the GPU, or already interpreted")
+@without_kernels
 def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", str(Path(__file__).resolve())],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).resolve().parents[2],
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, or a wild index: an element that no kernel writes shows."""
-
-    def poison(allocate: Any) -> Any:
-        def poisoned(*args: Any, **options: Any) -> Tensor:
-            fresh = allocate(*args, **options)
-            wild = float("nan") if fresh.is_floating_point() else 123456789
-            return fresh.fill_(wild) if fresh.device.type == DEVICE else fresh
-
-        return poisoned
-
-    if RUNS_KERNELS:
-        monkeypatch.setattr(torch, "empty", poison(torch.empty))
-        monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+    run_in_interpreter(__file__)
 
 
 def make_inputs(
@@ -99,12 +65,6 @@ def make_inputs(
 
 def exact(leaves: list[Tensor]) -> list[Tensor]:
     return [x.detach().double().cpu().requires_grad_() for x in leaves]
-
-
-def assert_near(mine: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
-    error = (mine.detach().cpu().double() - wanted.detach().cpu().double()).abs().max()
-    bound = tolerance * wanted.detach().abs().max().cpu().clamp(min=1e-3)
-    assert error <= bound, f"{name}: {error} > {bound}"  # a NaN is not <= anything
 
 
 def compare(

@@ -1,0 +1,76 @@
+"""Tests of Triton kernels: on a GPU, or on the CPU through Triton's interpreter.
+
+The interpreter is chosen before triton is imported, so a test file runs itself again in a process
+with TRITON_INTERPRET=1 (`run_in_interpreter`). Triton 3.6 interprets only beside numpy below 2.4;
+later ones beside any.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+RUNS_KERNELS = INTERPRETED or torch.cuda.is_available()
+
+without_kernels = pytest.mark.skipif(
+    RUNS_KERNELS, reason="they run here: on the GPU, or already interpreted"
+)
+on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="slow in the interpreter, and nothing new")
+
+
+def on_kernels(function: Any) -> Any:
+    """Marks a test that launches Triton kernels on tensors of DEVICE."""
+    skip = pytest.mark.skipif(not RUNS_KERNELS, reason="neither a GPU nor Triton's interpreter")
+    return pytest.mark.gpu(skip(function))
+
+
+def run_in_interpreter(file: str) -> None:
+    """Run the tests of `file` (pass `__file__`) in a process where Triton interprets."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", str(Path(file).resolve())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.fixture
+def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, or a wild index: an element that no kernel writes shows.
+
+    Import it and ask for it with `pytestmark = pytest.mark.usefixtures("poisoned_allocations")`.
+    """
+
+    def poison(allocate: Any) -> Any:
+        def poisoned(*args: Any, **options: Any) -> Tensor:
+            fresh = allocate(*args, **options)
+            wild = float("nan") if fresh.is_floating_point() else 123456789
+            return fresh.fill_(wild) if fresh.device.type == DEVICE else fresh
+
+        return poisoned
+
+    if RUNS_KERNELS:
+        monkeypatch.setattr(torch, "empty", poison(torch.empty))
+        monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+        monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+
+
+def assert_near(mine: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
+    """Largest error at most `tolerance` times the largest value (at least 1e-3); NaN fails."""
+    if not wanted.numel():
+        assert mine.shape == wanted.shape
+        return
+    error = (mine.detach().cpu().double() - wanted.detach().cpu().double()).abs().max()
+    bound = tolerance * wanted.detach().abs().max().cpu().clamp(min=1e-3)
+    assert error <= bound, f"{name}: {error} > {bound}"  # a NaN is not <= anything
