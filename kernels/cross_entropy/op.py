@@ -1,76 +1,53 @@
-"""Chunked head + cross entropy; the gradient is computed during the forward pass."""
-
-from typing import Any
+"""The public op: argument checks, and the choice between Triton and the reference."""
 
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-CHUNK_BYTES = 256 * 2**20  # fp32 logits of one chunk; two of these are alive at once
+from fulmen.kernels.cross_entropy.reference import IGNORE_INDEX, chunked_linear_cross_entropy
+from fulmen.kernels.registry import choose
+
+__all__ = ["CHUNK_BYTES", "IGNORE_INDEX", "linear_cross_entropy"]
+
+CHUNK_BYTES = 256 * 2**20
+"""Of the torch implementation: fp32 logits of one chunk; two of these are alive at once."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0
+) -> Tensor:
     """Sum over tokens of `-log softmax(weight @ hidden)[label]`, in nats, as an fp32 scalar.
 
     Args:
         hidden: `[tokens, hidden_size]`.
-        weight: `[vocab_size, hidden_size]`.
-        labels: `[tokens]` int64; `IGNORE_INDEX` tokens contribute nothing.
+        weight: `[vocab_size, hidden_size]`, of the same dtype.
+        labels: `[tokens]` int64; `IGNORE_INDEX` tokens contribute nothing. Any other label outside
+            the vocabulary makes the loss NaN; nothing is read out of bounds.
+        z_loss: adds `z_loss * logsumexp(logits)^2` per token (PaLM, arXiv:2204.02311, section 5).
 
-    The logits are formed for a few tokens at a time (`CHUNK_BYTES` in fp32), forward and
-    backward in the same visit, so memory does not grow with tokens x vocabulary.
+    Returns:
+        The sum (fp64 for fp64 inputs). The logits are formed for some tokens at a time, and the
+        gradients in the same visit, so memory does not grow with tokens x vocabulary. Where Triton
+        runs, backward scales these gradients in place: a second backward through one result raises
+        torch's error about a tensor changed in place.
     """
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(
             "linear_cross_entropy: hidden must be [tokens, hidden_size] and labels [tokens], "
             f"got {tuple(hidden.shape)} and {tuple(labels.shape)}"
         )
-    if not torch.is_grad_enabled():
-        # A parameter asks for its gradient even under no_grad.
-        hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, labels)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        total = torch.zeros((), dtype=accumulate, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = (
-            torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
+        raise ValueError(
+            "linear_cross_entropy: weight must be [vocab_size, hidden_size] and typed like hidden, "
+            f"got {tuple(weight.shape)} {weight.dtype} for {tuple(hidden.shape)} {hidden.dtype}"
         )
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            chunk, target = hidden[part], labels[part]
-            kept = target != IGNORE_INDEX
-            index = target.clamp(min=0).unsqueeze(1)
-            logits = (chunk @ weight.t()).to(accumulate)
-            log_probabilities = torch.log_softmax(logits, dim=1)
-            del logits
-            total -= (log_probabilities.gather(1, index).squeeze(1) * kept).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            # d loss / d logits = softmax - one_hot(label), 0 where ignored.
-            grad = log_probabilities.exp_()
-            grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
-            grad.mul_(kept.unsqueeze(1))
-            low = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = low @ weight
-            if grad_weight is not None:
-                grad_weight += low.t() @ chunk
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return total
+    if labels.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy: labels must be int64, got {labels.dtype}")
+    fits = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float32)
+    reason = "" if fits else "needs CUDA tensors in bf16 or fp32"
+    if choose("cross_entropy", ("triton", reason), ("torch", "")) == "triton":
+        from fulmen.kernels.cross_entropy.triton_cross_entropy import triton_linear_cross_entropy
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad_output,) = grad_outputs
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad_output).to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return triton_linear_cross_entropy(hidden, weight, labels, z_loss=z_loss)
+    return chunked_linear_cross_entropy(
+        hidden, weight, labels, z_loss=z_loss, chunk_bytes=CHUNK_BYTES
+    )

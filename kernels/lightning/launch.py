@@ -1,7 +1,7 @@
-"""Lightning attention on Triton: the plan of segments, the launches, torch ops with autograd.
+"""Lightning attention on Triton: the plan of pieces, the launches, torch ops with autograd.
 
 `triton_lightning_attention` is what a caller needs. The kernels and their cost are described in
-triton_forward.py.
+triton_scan.py.
 """
 
 import functools
@@ -9,22 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from fulmen.kernels.lightning.triton_backward import backward_kernel
-from fulmen.kernels.lightning.triton_forward import (
+from fulmen.kernels.lightning.triton_scan import (
     carry_kernel,
-    forward_kernel,
+    chunk_table_kernel,
     local_state_kernel,
-    segment_table_kernel,
+    scan_kernel,
 )
 
 DTYPES = (torch.float32, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128, 256)
-SHORTEST_SEGMENT = 8
-"""Chunks. A segment's state costs as much traffic as two chunks' k and v."""
+SHORTEST_PIECE = 8
+"""Chunks. A piece's state costs as much traffic as two chunks' k and v."""
 FULL_ENOUGH = 0.75
-"""Share of the multiprocessors that programs must fill before documents are left whole."""
+"""Share of the multiprocessors that programs must fill before rows are left whole."""
+WINDOW_TOKENS = 32768
+"""Longest piece. Programs drift apart along a row, until the slices of a head no longer find each
+other's tiles in L2; a new launch brings them together."""
 PROCESSORS_WITHOUT_GPU = 8
 """The interpreter's chip."""
 CARRY_BLOCK = 1024
@@ -38,42 +41,33 @@ class Tile:
     block_values: int
     num_warps: int
     num_stages: int
-    """Depth of the pipeline of loads where a program has a multiprocessor to itself."""
-    stages_together: int
-    """The same where two programs are to share one."""
+    """Depth of the pipeline of loads."""
 
 
 def choose_tile(dtype: torch.dtype, head_dim: int) -> Tile:
-    """The table for H100 and H200 (one chip but for its memory).
-
-    Chosen by what the compiler reports for sm_90 (registers, shared memory, no spills in the loop);
-    not timed yet. To be timed at head_dim 128: (64, 64, 8, 3, 3), which has no spills, a program
-    per multiprocessor and twice the warps, and (64, 128, 8, 3, 2), which reads q and k once.
-    """
+    """The table for H100 and H200 (one chip but for its memory); bf16 at head_dim 128 was timed."""
     if dtype == torch.float32:
         # Exact fp32 products have no tensor cores: small tiles, for registers and compile time.
-        return Tile(16, 16, 4, 1, 1)
+        return Tile(16, 16, 4, 1)
     if head_dim <= 64:
-        return Tile(64, head_dim, 4, 3, 3)
+        return Tile(64, head_dim, 4, 3)
     if head_dim == 128:
-        return Tile(64, 64, 4, 3, 2)
-    return Tile(64, 32, 4, 2, 2)
+        return Tile(64, 64, 4, 4)
+    return Tile(64, 32, 4, 2)
 
 
-def choose_segment_tokens(
-    tokens: int, programs: int, *, block_tokens: int, num_processors: int
-) -> int:
-    """Longest segment, a power of two of chunks, that gives each multiprocessor two programs.
+def choose_num_pieces(chunks: int, programs: int, num_processors: int) -> int:
+    """Pieces of a row of `chunks` that run side by side; `programs` would run were it left whole.
 
-    `programs` would run were no document cut. Returns 0 if none is to be cut.
+    They give each multiprocessor a program, or two if one each would leave many idle.
     """
-    if programs >= FULL_ENOUGH * num_processors:
-        return 0
-    wanted = -(-2 * num_processors // max(1, programs))
-    chunks = SHORTEST_SEGMENT
-    while 2 * chunks * block_tokens * wanted <= tokens:
-        chunks *= 2
-    return chunks * block_tokens if chunks * block_tokens < tokens else 0
+    enough = FULL_ENOUGH * num_processors
+    if programs >= enough:
+        return 1
+    pieces = num_processors // max(1, programs)
+    if pieces * programs < enough:
+        pieces = -(-2 * num_processors // programs)
+    return max(1, min(pieces, chunks // SHORTEST_PIECE))
 
 
 @functools.cache
@@ -93,165 +87,211 @@ class Plan:
     heads: int
     head_dim: int
     num_sequences: int
-    segment_tokens: int
-    """0: no document is cut, a segment is a sequence."""
+    chunks: int
+    """Of one row: exact for whole rows; for documents an upper bound, since their lengths are on
+    the device."""
+    piece_chunks: int
+    in_turn: bool
+    """Pieces run one after the other, each from the state that the last one left; phases 1 and 2
+    fall away."""
 
     @property
-    def segments_per_row(self) -> int:
-        if not self.segment_tokens:
-            return 1
-        return max(1, -(-self.tokens // self.segment_tokens))
-
-    def num_segments(self, packed: bool) -> int:
-        """Exact for rows; for documents an upper bound, since their lengths are on the device."""
-        if packed and self.segment_tokens:
-            return self.tokens // self.segment_tokens + self.num_sequences
-        return self.num_sequences * self.segments_per_row
-
-    def num_cuts(self, packed: bool) -> int:
-        """Like `num_segments`. A document of n tokens has (n - 1) // segment_tokens."""
-        if packed and self.segment_tokens:
-            return self.tokens // self.segment_tokens
-        return self.num_sequences * (self.segments_per_row - 1)
+    def pieces(self) -> int:
+        return -(-self.chunks // self.piece_chunks)
 
     @property
     def slices(self) -> int:
         return self.head_dim // self.tile.block_values
 
+    @property
+    def cuts_shape(self) -> tuple[int, ...]:
+        return self.batch * (self.pieces - 1), self.heads, self.head_dim, self.head_dim
 
-def _make_plan(q: Tensor, cu_seqlens: Tensor | None, segment_tokens: int) -> Plan:
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.num_sequences, self.heads, self.head_dim, self.head_dim
+
+
+def _make_plan(q: Tensor, cu_seqlens: Tensor | None, piece_tokens: int) -> Plan:
     batch, tokens, heads, head_dim = q.shape
     tile = choose_tile(q.dtype, head_dim)
-    if segment_tokens == 0:
-        segment_tokens = choose_segment_tokens(
-            tokens,
-            batch * heads * (head_dim // tile.block_values),
-            block_tokens=tile.block_tokens,
-            num_processors=_num_processors(q.device),
-        )
-    num_sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return Plan(tile, batch, tokens, heads, head_dim, num_sequences, segment_tokens)
+    if cu_seqlens is None:
+        num_sequences, chunks = batch, -(-tokens // tile.block_tokens)
+    else:
+        num_sequences = cu_seqlens.shape[0] - 1
+        chunks = tokens // tile.block_tokens + num_sequences
+    window = WINDOW_TOKENS // tile.block_tokens
+    if piece_tokens:
+        piece_chunks, in_turn = piece_tokens // tile.block_tokens, False
+    else:
+        programs = batch * heads * (head_dim // tile.block_values)
+        pieces = choose_num_pieces(chunks, programs, _num_processors(q.device))
+        piece_chunks, in_turn = min(-(-chunks // pieces), window), pieces == 1
+    piece_chunks = min(chunks, piece_chunks)
+    return Plan(tile, batch, tokens, heads, head_dim, num_sequences, chunks, piece_chunks, in_turn)
 
 
 class _Launcher:
     """The launches of one call: what all of them share, written once."""
 
     def __init__(self, plan: Plan, slopes: Tensor, cu_seqlens: Tensor | None) -> None:
-        self.plan, self.slopes, self.cu_seqlens = plan, slopes, cu_seqlens
+        self.plan, self.slopes = plan, slopes
         self.packed = cu_seqlens is not None
-        self.num_segments = plan.num_segments(self.packed)
-        # 2^30 keeps `first + segment_tokens` inside int32 where a document is one segment.
-        self.segment_tokens = plan.segment_tokens or 2**30
-        self.table = self.first_segments = slopes  # never read unless packed
+        self.chunks = slopes  # never read unless packed
         if cu_seqlens is not None:
-            self._make_table(cu_seqlens)
+            self.chunks = torch.empty(
+                plan.chunks + 1, 4, dtype=torch.int32, device=cu_seqlens.device
+            )
+            block = 64
+            _run(
+                chunk_table_kernel,
+                -(-plan.chunks // block),
+                cu_seqlens,
+                self.chunks,
+                plan.num_sequences,
+                plan.chunks,
+                BLOCK_TOKENS=plan.tile.block_tokens,
+                BLOCK_ENTRIES=block,
+                BLOCK_SEQUENCES=128,
+                num_warps=4,
+            )
 
-    def _make_table(self, cu_seqlens: Tensor) -> None:
-        self.table = torch.empty(self.num_segments, 2, dtype=torch.int32, device=cu_seqlens.device)
-        self.first_segments = torch.empty(
-            self.plan.num_sequences, dtype=torch.int32, device=cu_seqlens.device
-        )
-        block = 64
-        _run(
-            segment_table_kernel,
-            -(-self.num_segments // block),
-            cu_seqlens,
-            self.table,
-            self.first_segments,
-            self.plan.num_sequences,
-            self.num_segments,
-            self.segment_tokens,
-            BLOCK_SEGMENTS=block,
-            BLOCK_SEQUENCES=128,
-            num_warps=4,
-        )
-
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
+        plan, tile = self.plan, self.plan.tile
         return {
-            "tokens": self.plan.tokens,
-            "segment_tokens": self.segment_tokens,
-            "segments_per_row": self.plan.segments_per_row,
-            "heads": self.plan.heads,
-        }
-
-    def scan_options(self, *, together: bool = False) -> dict[str, Any]:
-        tile = self.plan.tile
-        together = together or self.plan.segment_tokens > 0
-        return self.sizes() | {
-            "HEAD_DIM": self.plan.head_dim,
+            "tokens": plan.tokens,
+            "pieces": plan.pieces,
+            "piece_chunks": plan.piece_chunks,
+            "num_entries": plan.chunks,
+            "heads": plan.heads,
+            "HEAD_DIM": plan.head_dim,
             "BLOCK_TOKENS": tile.block_tokens,
             "BLOCK_VALUES": tile.block_values,
             "PACKED": self.packed,
             "num_warps": tile.num_warps,
-            "num_stages": tile.stages_together if together else tile.num_stages,
+            # Where the table is read before the tiles, Triton splits the stages between the two.
+            "num_stages": 2 * tile.num_stages - 1 if self.packed else tile.num_stages,
         }
-
-    @property
-    def num_programs(self) -> int:
-        return self.num_segments * self.plan.heads * self.plan.slices
-
-    def documents(self) -> tuple[Tensor, Tensor]:
-        return (self.slopes if self.cu_seqlens is None else self.cu_seqlens), self.table
 
     def cut_states(self, b: Tensor, c: Tensor, outer: Tensor | None, *, reverse: bool) -> Tensor:
         """Phases 1 and 2: the states at the cuts; `outer` are those that enter sequences."""
         plan = self.plan
-        states = torch.empty(_cuts_shape(plan, self.packed), dtype=torch.float32, device=b.device)
-        if not states.numel():
+        states = torch.empty(plan.cuts_shape, dtype=torch.float32, device=b.device)
+        if plan.in_turn or not states.numel():
             return states
-        cu_seqlens, table = self.documents()
+        decays = torch.empty(plan.cuts_shape[:2], dtype=torch.float32, device=b.device)
         _run(
             local_state_kernel,
-            self.num_programs,
+            self.num_programs(plan.pieces),
             b,
             c,
             _strides(b),
             _strides(c),
             self.slopes,
+            states if outer is None else outer,
             states,
-            cu_seqlens,
-            table,
+            decays,
+            self.chunks,
+            first_piece=0,
+            launched=plan.pieces,
+            HAS_OUTER=outer is not None,
             REVERSE=reverse,
-            # It does little but read, so it takes more loads in flight.
-            **self.scan_options() | {"num_stages": plan.tile.num_stages + 1},
+            **self.sizes(),
         )
         size = plan.head_dim**2
         block = min(size, CARRY_BLOCK)
         _run(
             carry_kernel,
-            plan.num_sequences * plan.heads * (size // block),
+            plan.batch * plan.heads * (size // block),
             states,
-            states if outer is None else outer,
-            self.slopes,
-            cu_seqlens,
-            self.first_segments,
-            **self.sizes(),
+            decays,
+            plan.pieces - 1,
+            plan.heads,
             STATE_SIZE=size,
             BLOCK=block,
-            PACKED=self.packed,
-            HAS_OUTER=outer is not None,
             REVERSE=reverse,
             num_warps=4,
         )
         return states
 
+    def scan(
+        self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        *,
+        outer: Tensor | None,
+        cuts: Tensor,
+        leaving: Tensor | None,
+        transposed: bool,
+        reverse: bool,
+        fills_cuts: bool = False,
+    ) -> Tensor:
+        """Phase 3; `leaving`, if given, receives the states that leave sequences.
 
-def _cuts_shape(plan: Plan, packed: bool) -> tuple[int, ...]:
-    return plan.num_cuts(packed), plan.heads, plan.head_dim, plan.head_dim
+        `fills_cuts`: where pieces run in turn, nobody has filled `cuts` yet.
+        """
+        out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+        pieces = range(self.plan.pieces)
+        launches = [[0, len(pieces)]]
+        if self.plan.in_turn:
+            launches = [[piece, 1] for piece in (reversed(pieces) if reverse else pieces)]
+        for first_piece, launched in launches:
+            _run(
+                scan_kernel,
+                self.num_programs(launched),
+                a,
+                b,
+                c,
+                out,
+                _strides(a),
+                _strides(b),
+                _strides(c),
+                self.slopes,
+                cuts if outer is None else outer,
+                cuts,
+                cuts if leaving is None else leaving,
+                self.chunks,
+                first_piece=first_piece,
+                launched=launched,
+                HAS_OUTER=outer is not None,
+                IS_CUT=len(pieces) > 1,
+                STORE_LEAVING=leaving is not None,
+                STORE_CUT=fills_cuts and self.plan.in_turn and len(pieces) > 1,
+                TRANSPOSED=transposed,
+                REVERSE=reverse,
+                **self.sizes(),
+            )
+        return out
 
-
-def _state_shape(plan: Plan) -> tuple[int, ...]:
-    return plan.num_sequences, plan.heads, plan.head_dim, plan.head_dim
+    def num_programs(self, pieces: int) -> int:
+        return self.plan.batch * pieces * self.plan.heads * self.plan.slices
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
+def _addressable(x: Tensor) -> Tensor:
+    """`x`, or a copy where the hardware's tile loads need one: rows at multiples of 16 bytes.
+
+    Views of a joint projection pass as they are; autograd's expanded gradients do not.
+    """
+    unit = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(n > 0 and n % unit == 0 for n in _strides(x))
+    return x if aligned and x.stride(3) == 1 else x.contiguous()
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory in which Triton's programs write their tile descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def _run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """Launches over a grid of one axis, on the device of the first argument."""
     if programs:
         with torch.cuda.device_of(arguments[0]):
+            triton.set_allocator(_scratch)
             kernel[(programs,)](*arguments, **options)
 
 
@@ -264,34 +304,24 @@ def _attend(
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
     output_final_state: bool,
-    segment_tokens: int,
+    piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state (empty unless asked for), states at the cuts (for the backward pass)."""
-    plan = _make_plan(q, cu_seqlens, segment_tokens)
+    plan = _make_plan(q, cu_seqlens, piece_tokens)
     launcher = _Launcher(plan, slopes, cu_seqlens)
+    q, k, v = map(_addressable, (q, k, v))
     states = launcher.cut_states(k, v, initial_state, reverse=False)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    final = q.new_empty(_state_shape(plan) if output_final_state else (0,), dtype=torch.float32)
-    _run(
-        forward_kernel,
-        launcher.num_programs,
+    final = q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32)
+    out = launcher.scan(
         q,
         k,
         v,
-        out,
-        _strides(q),
-        _strides(k),
-        _strides(v),
-        slopes,
-        states if initial_state is None else initial_state,
-        states,
-        final,
-        *launcher.documents(),
-        HAS_OUTER=initial_state is not None,
-        IS_CUT=states.numel() > 0,
-        STORE_LEAVING=output_final_state,
-        TRANSPOSED=False,
-        **launcher.scan_options(),
+        outer=initial_state,
+        cuts=states,
+        leaving=final if output_final_state else None,
+        transposed=False,
+        reverse=False,
+        fills_cuts=True,
     )
     return out, final, states
 
@@ -305,13 +335,13 @@ def _(
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
     output_final_state: bool,
-    segment_tokens: int,
+    piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _make_plan(q, cu_seqlens, segment_tokens)
+    plan = _make_plan(q, cu_seqlens, piece_tokens)
     return (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        q.new_empty(_state_shape(plan) if output_final_state else (0,), dtype=torch.float32),
-        q.new_empty(_cuts_shape(plan, cu_seqlens is not None), dtype=torch.float32),
+        q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32),
+        q.new_empty(plan.cuts_shape, dtype=torch.float32),
     )
 
 
@@ -326,61 +356,47 @@ def _attend_backward(
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
     states: Tensor,
-    segment_tokens: int,
+    piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial state (empty if there was none)."""
-    plan = _make_plan(q, cu_seqlens, segment_tokens)
+    plan = _make_plan(q, cu_seqlens, piece_tokens)
     launcher = _Launcher(plan, slopes, cu_seqlens)
-    # Autograd chooses the layout of the gradients that it hands in; the kernels need whole rows.
-    d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
+    q, k, v, d_out = map(_addressable, (q, k, v, d_out))
     d_final = None if d_final is None else d_final.contiguous()
-    gradients = launcher.cut_states(q, d_out, d_final, reverse=True)
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     has_initial = initial_state is not None
-    d_initial = q.new_empty(_state_shape(plan) if has_initial else (0,), dtype=torch.float32)
-    _run(
-        forward_kernel,
-        launcher.num_programs,
+    d_initial = q.new_empty(plan.state_shape if has_initial else (0,), dtype=torch.float32)
+    dq = launcher.scan(
         d_out,
         v,
         k,
-        dq,
-        _strides(d_out),
-        _strides(v),
-        _strides(k),
-        slopes,
-        states if initial_state is None else initial_state,
-        states,
-        d_initial,
-        *launcher.documents(),
-        HAS_OUTER=has_initial,
-        IS_CUT=states.numel() > 0,
-        STORE_LEAVING=False,
-        TRANSPOSED=has_initial or states.numel() > 0,
-        **launcher.scan_options(),
+        outer=initial_state,
+        cuts=states,
+        leaving=None,
+        transposed=True,
+        reverse=False,
     )
-    _run(
-        backward_kernel,
-        2 * launcher.num_programs,
-        q,
-        k,
+    # dk and dv scan one sequence of states, of which dk takes the transposes.
+    gradients = launcher.cut_states(q, d_out, d_final, reverse=True)
+    dk = launcher.scan(
         v,
         d_out,
-        dk,
-        dv,
-        _strides(q),
-        _strides(k),
-        _strides(v),
-        _strides(d_out),
-        slopes,
-        gradients if d_final is None else d_final,
-        gradients,
-        d_initial,
-        *launcher.documents(),
-        HAS_OUTER=d_final is not None,
-        IS_CUT=gradients.numel() > 0,
-        STORE_LEAVING=has_initial,
-        **launcher.scan_options(together=True),
+        q,
+        outer=d_final,
+        cuts=gradients,
+        leaving=None,
+        transposed=True,
+        reverse=True,
+        fills_cuts=True,
+    )
+    dv = launcher.scan(
+        k,
+        q,
+        d_out,
+        outer=d_final,
+        cuts=gradients,
+        leaving=d_initial if has_initial else None,
+        transposed=False,
+        reverse=True,
     )
     return dq, dk, dv, d_initial
 
@@ -396,21 +412,21 @@ def _(
     cu_seqlens: Tensor | None,
     initial_state: Tensor | None,
     states: Tensor,
-    segment_tokens: int,
+    piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan = _make_plan(q, cu_seqlens, segment_tokens)
-    shape = (0,) if initial_state is None else _state_shape(plan)
+    plan = _make_plan(q, cu_seqlens, piece_tokens)
+    shape = (0,) if initial_state is None else plan.state_shape
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     return dq, dk, dv, q.new_empty(shape, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, slopes, cu_seqlens, initial_state, output_final_state, segment_tokens = inputs
+    q, k, v, slopes, cu_seqlens, initial_state, output_final_state, piece_tokens = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(q, k, v, slopes, cu_seqlens, initial_state, output[2])
     ctx.output_final_state = output_final_state
-    ctx.segment_tokens = segment_tokens
+    ctx.piece_tokens = piece_tokens
 
 
 def _backward(
@@ -427,7 +443,7 @@ def _backward(
         cu_seqlens,
         initial_state,
         states,
-        ctx.segment_tokens,
+        ctx.piece_tokens,
     )
     d_state = None if initial_state is None else d_initial
     return dq, dk, dv, None, None, d_state, None, None
@@ -445,7 +461,7 @@ def triton_lightning_attention(
     initial_state: Tensor | None,
     output_final_state: bool,
     *,
-    segment_tokens: int = 0,
+    piece_tokens: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """`lightning_attention` by the Triton kernels, for arguments whose shapes it has checked.
 
@@ -453,7 +469,7 @@ def triton_lightning_attention(
         q, k, v: fp32 or bf16, one dtype; head_dim a power of two, 16 to 256. Any strides, but the
             numbers of a head must lie side by side (views of a joint projection do).
         slopes: receives no gradient.
-        segment_tokens: length at which long sequences are cut for parallelism, a multiple of 64;
+        piece_tokens: length at which rows are cut for parallelism, a multiple of 64;
             0 chooses by heads, tokens and multiprocessors.
 
     Returns:
@@ -476,10 +492,19 @@ def triton_lightning_attention(
             "lightning_attention: the Triton kernels need a head_dim that is a power of two from "
             f"16 to 256, got {q.shape[3]}"
         )
-    if segment_tokens % 64:
+    if piece_tokens % 64:
         raise ValueError(
-            f"lightning_attention: segment_tokens must be a multiple of 64, got {segment_tokens}"
+            f"lightning_attention: piece_tokens must be a multiple of 64, got {piece_tokens}"
         )
+    if q.shape[1] == 0:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        shape = (sequences, q.shape[2], q.shape[3], q.shape[3])
+        final_state = (
+            q.new_zeros(shape, dtype=torch.float32)
+            if initial_state is None
+            else (initial_state.float())
+        )
+        return v.clone(), final_state if output_final_state else None
     out, final_state, _ = _attend(
         q,
         k,
@@ -488,6 +513,6 @@ def triton_lightning_attention(
         None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
         None if initial_state is None else initial_state.float().contiguous(),
         output_final_state,
-        segment_tokens,
+        piece_tokens,
     )
     return out, final_state if output_final_state else None

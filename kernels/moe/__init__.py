@@ -1,6 +1,16 @@
-"""Mixture-of-experts ops: routing, capacity, and the expert products."""
+"""Mixture-of-experts ops: routing, capacity, order by expert, and the expert products."""
 
 from fulmen.kernels.moe.experts import grouped_swiglu
+from fulmen.kernels.moe.permute import Permutation, permutation, permute, unpermute
 from fulmen.kernels.moe.router import Routing, drop_over_capacity, route
 
-__all__ = ["Routing", "drop_over_capacity", "grouped_swiglu", "route"]
+__all__ = [
+    "Permutation",
+    "Routing",
+    "drop_over_capacity",
+    "grouped_swiglu",
+    "permutation",
+    "permute",
+    "route",
+    "unpermute",
+]

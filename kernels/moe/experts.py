@@ -1,8 +1,10 @@
-"""SwiGLU experts over tokens sorted by expert."""
+"""SwiGLU experts over tokens sorted by expert: the public op."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fulmen.kernels.moe.reference import reference_grouped_swiglu
+from fulmen.kernels.registry import choose
 
 
 def grouped_swiglu(x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
@@ -10,25 +12,53 @@ def grouped_swiglu(x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 
     Args:
         x: `[rows, hidden_size]`, sorted by expert.
-        counts: `[num_experts]` int64 rows of each expert; rows after their sum get 0.
+        counts: `[num_experts]` int64 rows of each expert; rows after their sum are not read and
+            get 0.
         w1, w3: `[num_experts, expert_hidden_size, hidden_size]`.
         w2: `[num_experts, hidden_size, expert_hidden_size]`.
     """
-    # _grouped_mm wants rows that begin at multiples of 16 bytes.
-    if x.is_cuda and x.dtype == torch.bfloat16 and w2.shape[1] % 8 == w2.shape[2] % 8 == 0:
-        ends = counts.cumsum(0).to(torch.int32)
-        # _grouped_mm leaves rows behind the last group unwritten, forward and backward.
-        inside = (torch.arange(x.shape[0], device=x.device) < ends[-1]).unsqueeze(1)
-        x = torch.where(inside, x, 0)
-        gate = torch._grouped_mm(x, w1.transpose(1, 2), offs=ends)
-        up = torch._grouped_mm(x, w3.transpose(1, 2), offs=ends)
-        y = torch._grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=ends)
-        return torch.where(inside, y, 0)
-    sizes = counts.tolist()
-    *parts, rest = x.split([*sizes, x.shape[0] - sum(sizes)])
-    # unbind, not w1[e]: the backward of an index would add a full-size zero tensor per expert.
-    outputs = [
-        F.linear(F.silu(F.linear(part, a)) * F.linear(part, b), c)
-        for part, a, b, c in zip(parts, w1.unbind(), w3.unbind(), w2.unbind(), strict=True)
-    ]
-    return torch.cat([*outputs, torch.zeros_like(rest)])
+    num_experts, inner, hidden = w1.shape
+    fits = w1.shape == w3.shape and w2.shape == (num_experts, hidden, inner)
+    if x.dim() != 2 or x.shape[1] != hidden or counts.shape != (num_experts,) or not fits:
+        raise ValueError(
+            "grouped_swiglu: x [rows, hidden], counts [experts], w1 and w3 [experts, inner, "
+            "hidden], w2 [experts, hidden, inner] do not fit: got "
+            + ", ".join(str(tuple(tensor.shape)) for tensor in (x, counts, w1, w3, w2))
+        )
+    if not x.dtype == w1.dtype == w3.dtype == w2.dtype:
+        raise ValueError(
+            "grouped_swiglu: x and the weights must share one dtype, got "
+            f"{x.dtype}, {w1.dtype}, {w3.dtype}, {w2.dtype}"
+        )
+    implementation = choose(
+        "grouped_gemm",
+        ("grouped_mm", _why_not_grouped_mm(x, inner)),
+        ("triton", _why_not_triton(x)),
+        ("torch", ""),
+    )
+    if implementation == "torch":
+        return reference_grouped_swiglu(x, counts, w1, w3, w2)
+    from fulmen.kernels.moe.triton_experts import fused_grouped_swiglu
+
+    return fused_grouped_swiglu(x, counts, w1, w3, w2, implementation)
+
+
+def _why_not_triton(x: Tensor) -> str:
+    fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float32)
+    return "" if fits else "needs a CUDA tensor in bf16 or fp32"
+
+
+def _why_not_grouped_mm(x: Tensor, inner: int) -> str:
+    if not x.is_cuda or x.dtype != torch.bfloat16:
+        return "needs a CUDA tensor in bf16"
+    if x.shape[1] % 8 or inner % 8:
+        # Its operands' rows begin at multiples of 16 bytes.
+        return "needs hidden sizes that are multiples of 8"
+    # Before Hopper it loops and makes the host wait; on Blackwell the weight gradients of experts
+    # without rows are not zero (pytorch issue 172439, torch up to 2.13).
+    return "" if _is_hopper(x.device.index) else "needs compute capability 9.0"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)

@@ -1,9 +1,16 @@
-"""Top-k routing and the capacity limit."""
+"""Top-k routing and the capacity limit: the public ops."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fulmen.kernels.moe.permute import permutation
+from fulmen.kernels.moe.reference import reference_route
+from fulmen.kernels.registry import choose
+
+MOST_EXPERTS = 256
+MOST_CHOICES = 8
 
 
 class Routing(NamedTuple):
@@ -12,20 +19,37 @@ class Routing(NamedTuple):
     experts: Tensor
     """`[tokens, k]` int64 expert of each assignment; `num_experts` where it is dropped."""
     weights: Tensor
-    """`[tokens, k]` fp32 gate weights; they sum to 1 per token before any drop."""
+    """`[tokens, k]` fp32 gate weights; they sum to 1 per token before any drop, 0 for padding."""
     probabilities: Tensor
     """`[tokens, num_experts]` fp32 softmax over all experts."""
+    counts: Tensor
+    """`[num_experts]` int64 assignments the router asked for: without padding, before any drop."""
 
 
-def route(logits: Tensor, num_experts_per_token: int) -> Routing:
+def route(logits: Tensor, num_experts_per_token: int, *, num_tokens: int | None = None) -> Routing:
     """Softmax over the experts in fp32, the k largest, renormalised to sum to 1 per token.
 
-    `logits` is `[tokens, num_experts]`. Equals the softmax over the k largest logits
-    (arXiv:2501.08313, equation 1).
+    Equals the softmax over the k largest logits (arXiv:2501.08313, equation 1).
+
+    Args:
+        logits: `[tokens, num_experts]`. The largest comes first; of equal ones, the lower expert.
+        num_tokens: tokens from here on are padding: they go to no expert, with weight 0.
     """
-    probabilities = torch.softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
-    weights, experts = probabilities.topk(num_experts_per_token, dim=-1)
-    return Routing(experts, weights / weights.sum(-1, keepdim=True), probabilities)
+    if logits.dim() != 2 or not 1 <= num_experts_per_token <= logits.shape[1]:
+        raise ValueError(
+            "route: logits must be [tokens, num_experts] with at least as many experts as choices, "
+            f"got {tuple(logits.shape)} and {num_experts_per_token} choices"
+        )
+    why_not = ""
+    if not logits.is_cuda or logits.dtype not in (torch.bfloat16, torch.float32):
+        why_not = "needs a CUDA tensor in bf16 or fp32"
+    elif logits.shape[1] > MOST_EXPERTS or num_experts_per_token > MOST_CHOICES:
+        why_not = f"needs at most {MOST_EXPERTS} experts and {MOST_CHOICES} choices"
+    if choose("router", ("triton", why_not), ("torch", "")) == "triton":
+        from fulmen.kernels.moe.triton_router import triton_route
+
+        return Routing(*triton_route(logits, num_experts_per_token, num_tokens))
+    return Routing(*reference_route(logits, num_experts_per_token, num_tokens))
 
 
 def drop_over_capacity(routing: Routing, num_experts: int, capacity: int) -> Routing:
@@ -33,17 +57,12 @@ def drop_over_capacity(routing: Routing, num_experts: int, capacity: int) -> Rou
 
     All first choices are served before any second choice (GShard's order, arXiv:2006.16668,
     algorithm 1); the paper does not say which it uses. A dropped assignment adds nothing, and the
-    weights of a token's other choices stay as they are.
+    weights of a token's other choices stay as they are, as do `counts`.
     """
     tokens, k = routing.experts.shape
-    by_priority = routing.experts.t().reshape(-1)  # all first choices, then all second ones
-    order = by_priority.argsort(stable=True)
-    counts = by_priority.new_zeros(num_experts + 1)
-    counts.scatter_add_(0, by_priority, torch.ones_like(by_priority))
-    first_of_expert = counts.cumsum(0) - counts
-    rank = torch.empty_like(order)
-    rank[order] = (
-        torch.arange(tokens * k, device=order.device) - first_of_expert[by_priority[order]]
-    )
+    by_priority = routing.experts.t().reshape(-1, 1)  # all first choices, then all second ones
+    queue = permutation(by_priority, num_experts)
+    first_of_expert = torch.cat([queue.counts.new_zeros(1), queue.counts.cumsum(0)])
+    rank = queue.destinations - first_of_expert[by_priority]
     kept = torch.where(rank < capacity, by_priority, num_experts)
     return routing._replace(experts=kept.view(k, tokens).t())

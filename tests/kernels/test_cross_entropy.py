@@ -30,10 +30,15 @@ def make(dtype: torch.dtype, *, tokens: int = TOKENS) -> tuple[Tensor, Tensor, T
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-def reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and both gradients in fp64."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    loss = F.cross_entropy(hidden @ weight.t(), labels, ignore_index=-100, reduction="sum")
+    logits = hidden @ weight.t()
+    loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    kept = labels != op.IGNORE_INDEX
+    loss = loss + z_loss * logits.logsumexp(1)[kept].square().sum()
     return loss, *torch.autograd.grad(loss, [hidden, weight])
 
 
@@ -53,6 +58,52 @@ def test_loss_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
     for got, exact in zip(gradients, want_gradients, strict=True):
         assert got.dtype == dtype
         assert (got - 3 * exact).abs().max() <= tolerance * (3 * exact).abs().max()
+
+
+@pytest.mark.fast
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
+def test_z_loss(dtype: torch.dtype, tolerance: float) -> None:
+    hidden, weight, labels = make(dtype)
+    want, *want_gradients = reference(hidden, weight, labels, z_loss=0.1)
+    loss = linear_cross_entropy(hidden, weight, labels, z_loss=0.1)
+    assert abs(loss - want) <= tolerance * want
+    gradients = torch.autograd.grad(loss, [hidden, weight])
+    for got, exact in zip(gradients, want_gradients, strict=True):
+        assert (got - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.fast
+def test_the_loss_scale_is_not_rounded_to_the_gradients_type() -> None:
+    """1 + 2^-8 would become 1 in bf16; in fp32 it moves most numbers to the next."""
+    hidden, weight, labels = make(torch.bfloat16)
+    scale = torch.tensor(1 + 2**-8)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    once = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    scaled = torch.autograd.grad(loss * scale, [hidden, weight])
+    for a, b in zip(once, scaled, strict=True):
+        assert (a != b)[a != 0].float().mean() > 0.5
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("label", [-1, -101, VOCAB, 2**40])
+def test_a_label_outside_the_vocabulary_shows(label: int) -> None:
+    hidden, weight, labels = make(torch.float32)
+    labels[3] = label
+    assert linear_cross_entropy(hidden, weight, labels).isnan()
+
+
+def test_compiled_whole() -> None:
+    hidden, weight, labels = make(torch.float32)
+
+    def model(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy(1.5 * hidden, weight, labels, z_loss=0.1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden), model(hidden))
+    got = torch.autograd.grad(compiled(hidden), [hidden, weight])
+    torch.testing.assert_close(got, torch.autograd.grad(model(hidden), [hidden, weight]))
 
 
 @pytest.mark.fast
@@ -128,6 +179,12 @@ def test_bad_shapes_are_named() -> None:
         linear_cross_entropy(hidden[None], weight, labels)
     with pytest.raises(ValueError, match=r"got \(37, 12\) and \(36,\)"):
         linear_cross_entropy(hidden, weight, labels[1:])
+    with pytest.raises(ValueError, match=r"weight must be \[vocab_size, hidden_size\]"):
+        linear_cross_entropy(hidden, weight.t(), labels)
+    with pytest.raises(ValueError, match=r"torch.bfloat16 for \(37, 12\) torch.float32"):
+        linear_cross_entropy(hidden, weight.bfloat16(), labels)
+    with pytest.raises(ValueError, match=r"labels must be int64, got torch.int32"):
+        linear_cross_entropy(hidden, weight, labels.int())
 
 
 def test_no_gradient_is_computed_where_none_is_wanted() -> None:

@@ -3,7 +3,6 @@
 With a GPU the tests run on it (marker gpu), without one in Triton's interpreter.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ import torch
 from support.interpreter import (
     DEVICE,
     INTERPRETED,
-    RUNS_KERNELS,
     assert_near,
+    compiles_only,
+    on_gpu_only,
     on_kernels,
     run_in_interpreter,
     without_kernels,
@@ -20,10 +20,11 @@ from support.interpreter import (
 from test_lightning import boundaries, recurrence
 from torch import Tensor
 
+from fulmen.kernels.lightning import launch
 from fulmen.kernels.lightning.launch import (
     _attend,
     _attend_backward,
-    choose_segment_tokens,
+    choose_num_pieces,
     choose_tile,
     triton_lightning_attention,
 )
@@ -94,12 +95,12 @@ def compare(
 
 
 def compare_with_recurrence(
-    lengths: list[int], *, segment_tokens: int = 0, slopes: list[float] = SLOPES, **options: Any
+    lengths: list[int], *, piece_tokens: int = 0, slopes: list[float] = SLOPES, **options: Any
 ) -> None:
     leaves, device_slopes, bounds = make_inputs(lengths, slopes=slopes, **options)
     q, k, v, state = leaves
     out, final = triton_lightning_attention(
-        q, k, v, device_slopes, bounds, state, True, segment_tokens=segment_tokens
+        q, k, v, device_slopes, bounds, state, True, piece_tokens=piece_tokens
     )
     assert final is not None
     assert out.dtype == q.dtype
@@ -112,17 +113,17 @@ def compare_with_recurrence(
 @on_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("tokens", "batch", "segment_tokens"),
+    ("tokens", "batch", "piece_tokens"),
     [(1, 1, 0), (63, 1, 0), (65, 2, 0), (150, 1, 64), (193, 2, 64), (130, 1, 128), (128, 1, 64)],
 )
-def test_rows(tokens: int, batch: int, segment_tokens: int, dtype: torch.dtype) -> None:
-    compare_with_recurrence([tokens], batch=batch, segment_tokens=segment_tokens, dtype=dtype)
+def test_rows(tokens: int, batch: int, piece_tokens: int, dtype: torch.dtype) -> None:
+    compare_with_recurrence([tokens], batch=batch, piece_tokens=piece_tokens, dtype=dtype)
 
 
 @on_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("lengths", "segment_tokens"),
+    ("lengths", "piece_tokens"),
     [
         ([1, 63, 64, 65], 0),
         ([1, 63, 64, 65], 64),  # one document is cut
@@ -133,32 +134,30 @@ def test_rows(tokens: int, batch: int, segment_tokens: int, dtype: torch.dtype) 
         ([70, 200], 128),
     ],
 )
-def test_packed_documents(lengths: list[int], segment_tokens: int, dtype: torch.dtype) -> None:
-    compare_with_recurrence(lengths, segment_tokens=segment_tokens, dtype=dtype)
+def test_packed_documents(lengths: list[int], piece_tokens: int, dtype: torch.dtype) -> None:
+    compare_with_recurrence(lengths, piece_tokens=piece_tokens, dtype=dtype)
 
 
 @on_kernels
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_head_dims(dim: int) -> None:
     """From 128 on a head is cut into slices."""
-    compare_with_recurrence(
-        [70, 1], dim=dim, slopes=[0.02], segment_tokens=64, dtype=torch.bfloat16
-    )
+    compare_with_recurrence([70, 1], dim=dim, slopes=[0.02], piece_tokens=64, dtype=torch.bfloat16)
 
 
 @on_kernels
-@pytest.mark.skipif(INTERPRETED, reason="slow there, and nothing new")
+@on_gpu_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [16, 64, 128, 256])
-@pytest.mark.parametrize("segment_tokens", [0, 512])
-def test_larger(dim: int, segment_tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("piece_tokens", [0, 512])
+def test_larger(dim: int, piece_tokens: int, dtype: torch.dtype) -> None:
     slopes = [2.0 ** -(i / 2) for i in range(16)]
     leaves, device_slopes, bounds = make_inputs(
         [1000, 1, 3000, 97], dim=dim, dtype=dtype, slopes=slopes
     )
     wanted_leaves = [x.detach().double().requires_grad_() for x in leaves]
     out, _ = triton_lightning_attention(
-        *leaves[:3], device_slopes, bounds, None, False, segment_tokens=segment_tokens
+        *leaves[:3], device_slopes, bounds, None, False, piece_tokens=piece_tokens
     )
     wanted, _ = chunked_lightning_attention(
         *wanted_leaves[:3], device_slopes.double(), bounds, None, False
@@ -167,12 +166,12 @@ def test_larger(dim: int, segment_tokens: int, dtype: torch.dtype) -> None:
 
 
 @on_kernels
-@pytest.mark.parametrize("segment_tokens", [0, 64])
+@pytest.mark.parametrize("piece_tokens", [0, 64])
 @pytest.mark.parametrize("lengths", [[140], [75, 65]])
-def test_reference_without_states(lengths: list[int], segment_tokens: int) -> None:
+def test_reference_without_states(lengths: list[int], piece_tokens: int) -> None:
     (q, k, v, _), slopes, bounds = make_inputs(lengths)
     out, final = triton_lightning_attention(
-        q, k, v, slopes, bounds, None, False, segment_tokens=segment_tokens
+        q, k, v, slopes, bounds, None, False, piece_tokens=piece_tokens
     )
     assert final is None
     wanted, _ = chunked_lightning_attention(q, k, v, slopes, bounds, None, False)
@@ -180,12 +179,12 @@ def test_reference_without_states(lengths: list[int], segment_tokens: int) -> No
 
 
 @on_kernels
-@pytest.mark.parametrize("segment_tokens", [0, 64])
-def test_gradient_through_the_final_state_alone(segment_tokens: int) -> None:
+@pytest.mark.parametrize("piece_tokens", [0, 64])
+def test_gradient_through_the_final_state_alone(piece_tokens: int) -> None:
     leaves, slopes, _ = make_inputs([100], batch=2)
     q, k, v, state = leaves
     _, final = triton_lightning_attention(
-        q, k, v, slopes, None, state, True, segment_tokens=segment_tokens
+        q, k, v, slopes, None, state, True, piece_tokens=piece_tokens
     )
     assert final is not None
     wanted_leaves = exact(leaves)
@@ -206,7 +205,7 @@ def test_strided_inputs() -> None:
     assert not q.is_contiguous()
     assert not k.is_contiguous()
     slopes = torch.tensor([0.1, 0.0], device=DEVICE)
-    out, _ = triton_lightning_attention(q, k, v, slopes, None, None, False, segment_tokens=64)
+    out, _ = triton_lightning_attention(q, k, v, slopes, None, None, False, piece_tokens=64)
     wanted, _ = chunked_lightning_attention(q, k, v, slopes, None, None, False)
     compare([out], [wanted], [qkv], [qkv], TOLERANCE[torch.float32])
     # The sum's gradient is one number, expanded to all strides 0.
@@ -221,13 +220,13 @@ def test_strided_inputs() -> None:
 
 
 @on_kernels
-@pytest.mark.parametrize("segment_tokens", [0, 64])
-def test_no_slope_overflows(segment_tokens: int) -> None:
+@pytest.mark.parametrize("piece_tokens", [0, 64])
+def test_no_slope_overflows(piece_tokens: int) -> None:
     slopes = [0.0, 1e-4, 1.0, 1e4, float("inf")]
     leaves, device_slopes, _ = make_inputs([140], slopes=slopes)
     q, k, v, state = leaves
     out, final = triton_lightning_attention(
-        q, k, v, device_slopes, None, state, True, segment_tokens=segment_tokens
+        q, k, v, device_slopes, None, state, True, piece_tokens=piece_tokens
     )
     assert final is not None
     wanted_leaves = exact(leaves)
@@ -237,19 +236,19 @@ def test_no_slope_overflows(segment_tokens: int) -> None:
 
 
 @on_kernels
-@pytest.mark.parametrize("segment_tokens", [0, 64])
-def test_a_document_does_not_see_another_one(segment_tokens: int) -> None:
-    """Not even its NaN."""
+@pytest.mark.parametrize("piece_tokens", [0, 64])
+def test_a_document_does_not_see_another_one(piece_tokens: int) -> None:
+    """Whatever finite numbers it holds (a NaN may spread over its row; the loss is NaN anyway)."""
     lengths = [40, 90, 70]
     (q, k, v, _), slopes, bounds = make_inputs(lengths)
     results = []
-    for value in (0.5, float("nan")):
+    for value in (0.5, -1e4):
         leaves = [x.detach().clone() for x in (q, k, v)]
         for x in leaves:
             x[:, 40:130] = value
             x.requires_grad_()
         out, final = triton_lightning_attention(
-            *leaves, slopes, bounds, None, True, segment_tokens=segment_tokens
+            *leaves, slopes, bounds, None, True, piece_tokens=piece_tokens
         )
         assert final is not None
         loss = out[:, :40].sum() + out[:, 130:].sum() + final[0].sum() + final[2].sum()
@@ -263,7 +262,7 @@ def test_a_document_does_not_see_another_one(segment_tokens: int) -> None:
 def test_cutting_changes_rounding_only() -> None:
     (q, k, v, state), slopes, bounds = make_inputs([200, 30])
     results = [
-        triton_lightning_attention(q, k, v, slopes, bounds, state, True, segment_tokens=segment)
+        triton_lightning_attention(q, k, v, slopes, bounds, state, True, piece_tokens=segment)
         for segment in (0, 64, 128, 1024)
     ]
     for out, final in results[1:]:
@@ -286,10 +285,8 @@ def test_nothing_to_do() -> None:
 def test_what_the_kernels_cannot_take_is_named() -> None:
     (q, k, v, _), slopes, _ = make_inputs([4])
 
-    def call(*tensors: Tensor, segment_tokens: int = 0) -> None:
-        triton_lightning_attention(
-            *tensors, slopes, None, None, False, segment_tokens=segment_tokens
-        )
+    def call(*tensors: Tensor, piece_tokens: int = 0) -> None:
+        triton_lightning_attention(*tensors, slopes, None, None, False, piece_tokens=piece_tokens)
 
     with pytest.raises(ValueError, match="need q in float32 or bfloat16"):
         call(q.half(), k.half(), v.half())
@@ -302,26 +299,26 @@ def test_what_the_kernels_cannot_take_is_named() -> None:
         with pytest.raises(ValueError, match=f"power of two from 16 to 256, got {dim}"):
             call(*wide)
     with pytest.raises(ValueError, match="multiple of 64, got 100"):
-        call(q, k, v, segment_tokens=100)
+        call(q, k, v, piece_tokens=100)
 
 
 @on_kernels
 @pytest.mark.parametrize(
-    ("lengths", "segment_tokens", "with_states"), [([70], 0, False), ([65, 1], 64, True)]
+    ("lengths", "piece_tokens", "with_states"), [([70], 0, False), ([65, 1], 64, True)]
 )
 def test_opcheck(
-    lengths: list[int], segment_tokens: int, with_states: bool, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], piece_tokens: int, with_states: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second case has as many cuts as there may be: states of others are never written."""
     monkeypatch.undo()
     (q, k, v, state), slopes, bounds = make_inputs(lengths, slopes=[0.1])
     initial = state if with_states else None
-    arguments = (q, k, v, slopes, bounds, initial, with_states, segment_tokens)
+    arguments = (q, k, v, slopes, bounds, initial, with_states, piece_tokens)
     torch.library.opcheck(_attend, arguments)
     with torch.no_grad():
         out, final, states = _attend(*arguments)
         d_final = final if with_states else None
-        backward = (out, d_final, q, k, v, slopes, bounds, initial, states, segment_tokens)
+        backward = (out, d_final, q, k, v, slopes, bounds, initial, states, piece_tokens)
         torch.library.opcheck(_attend_backward, backward)
 
 
@@ -351,10 +348,8 @@ def test_compiled_whole(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("segment_tokens", [0, 2**16])
-def test_addresses_of_a_million_tokens(
-    segment_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("piece_tokens", [0, 2**16])
+def test_addresses_of_a_million_tokens(piece_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """2^32 numbers a tensor; the last tokens equal those of a short row, by decay."""
     if torch.cuda.get_device_properties(0).total_memory < 100 * 2**30:
         pytest.skip("needs 100 GiB")
@@ -366,7 +361,7 @@ def test_addresses_of_a_million_tokens(
         torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)
     )
     out, _ = triton_lightning_attention(
-        q, k, v, slopes, None, None, False, segment_tokens=segment_tokens
+        q, k, v, slopes, None, None, False, piece_tokens=piece_tokens
     )
     ends = [x[:, -tail:].detach().float().requires_grad_() for x in (q, k, v)]
     wanted, _ = chunked_lightning_attention(*ends, slopes, None, None, False)
@@ -384,60 +379,34 @@ def test_addresses_of_a_million_tokens(
 def test_the_plan_fills_the_chip() -> None:
     def choose(tokens: int, heads: int, batch: int = 1) -> int:
         programs = batch * heads * 128 // choose_tile(torch.bfloat16, 128).block_values
-        return choose_segment_tokens(tokens, programs, block_tokens=64, num_processors=132)
+        return choose_num_pieces(tokens // 64, programs, 132)
 
-    assert choose(2**15, 64) == 0  # 128 programs on 132 multiprocessors
-    assert choose(2**20, 64) == 0
-    assert choose(2**15, 16, batch=4) == 0
-    assert choose(2**15, 16) == 2048  # 16 segments x 32 programs, two a multiprocessor and more
-    assert choose(2**15, 1) == 512  # no segment below eight chunks
-    assert choose(400, 1) == 0
+    assert choose(2**15, 64) == 1  # 128 programs on 132 multiprocessors
+    assert choose(2**15, 16, batch=4) == 1
+    assert choose(2**15, 16) == 4  # 128 programs
+    assert choose(2**15, 36) == 4  # one each would leave 60 idle: two programs each
+    assert choose(2**15, 1) == 64  # no piece below eight chunks
+    assert choose(384, 1) == 1
     for heads in (1, 2, 4, 8, 16, 32):
-        segment = choose(2**17, heads)
-        programs = 2**17 // segment * heads * 2
-        assert segment % 512 == 0
-        assert programs >= 2 * 132 or segment == 512
+        assert choose(2**17, heads) * heads * 2 >= 0.75 * 132
 
 
-class _Hopper:
-    """A driver without a device: what Triton asks before it compiles."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: Any = None) -> int:
-        return 0
-
-
-@pytest.fixture
-def compiled_for_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Any]]:
-    """Launches compile for sm_90 and run nothing; gives the (name, compiled kernel) of each."""
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    kernels: list[tuple[str, Any]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        kernels.append((self.__name__, kernel))
-        return kernel
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", _Hopper())
-    return kernels
+@on_kernels
+@pytest.mark.parametrize("lengths", [[300], [100, 30, 170]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_in_windows(
+    lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of a row that would fill the chip alone run in turn."""
+    monkeypatch.setattr(launch, "WINDOW_TOKENS", 128)
+    monkeypatch.setattr(launch, "choose_num_pieces", lambda *_: 1)
+    compare_with_recurrence(lengths, dtype=dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNS_KERNELS, reason="for machines that compile and cannot run")
+@compiles_only
 @pytest.mark.parametrize(
-    ("dtype", "dim", "segment_tokens"),
+    ("dtype", "dim", "piece_tokens"),
     [
         (torch.bfloat16, 128, 0),
         (torch.bfloat16, 128, 64),
@@ -447,25 +416,25 @@ def compiled_for_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list
     ],
 )
 def test_compiles_for_hopper(
-    dtype: torch.dtype, dim: int, segment_tokens: int, compiled_for_hopper: list[tuple[str, Any]]
+    dtype: torch.dtype, dim: int, piece_tokens: int, compiled_for_hopper: list[tuple[str, Any]]
 ) -> None:
-    """Tensor cores, 16-byte asynchronous copies, and shared memory for as many as planned."""
-    cut = segment_tokens > 0
+    """Tensor cores, the copy engine, and shared memory for as many as planned."""
+    cut = piece_tokens > 0
     leaves = [torch.zeros(1, 256, 4, dim, dtype=dtype, requires_grad=True) for _ in range(3)]
     state = torch.zeros(2, 4, dim, dim, requires_grad=True) if cut else None
     bounds = boundaries([100, 156]) if cut else None
     out, final = triton_lightning_attention(
-        *leaves, torch.ones(4), bounds, state, cut, segment_tokens=segment_tokens
+        *leaves, torch.ones(4), bounds, state, cut, piece_tokens=piece_tokens
     )
     loss = out.sum() if final is None else out.sum() + final.sum()
     loss.backward()
     names = {name for name, _ in compiled_for_hopper}
-    in_pieces = {"segment_table_kernel", "local_state_kernel", "carry_kernel"}
-    assert names == {"forward_kernel", "backward_kernel"} | (in_pieces if cut else set())
+    in_pieces = {"chunk_table_kernel", "local_state_kernel", "carry_kernel"}
+    assert names == {"scan_kernel"} | (in_pieces if cut else set())
     for name, kernel in compiled_for_hopper:
         assert kernel.metadata.shared <= 227 * 1024
-        if dtype == torch.bfloat16 and name in ("forward_kernel", "backward_kernel"):
+        if dtype == torch.bfloat16 and name == "scan_kernel":
             assert "wgmma.mma_async" in kernel.asm["ptx"], name
-            assert "cp.async.cg.shared.global" in kernel.asm["ptx"], name
-            if dim <= 128 and (cut or name == "backward_kernel"):
+            assert "cp.async.bulk.tensor" in kernel.asm["ptx"], name
+            if dim <= 128 and cut:
                 assert 2 * (kernel.metadata.shared + 1024) <= 228 * 1024, name

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fulmen.kernels.moe import Routing, drop_over_capacity, grouped_swiglu, route
+from fulmen.kernels.moe import (
+    Routing,
+    drop_over_capacity,
+    grouped_swiglu,
+    permutation,
+    permute,
+    route,
+    unpermute,
+)
 
 
 @pytest.mark.fast
@@ -31,6 +39,36 @@ def test_route_computes_in_fp32() -> None:
     routing = route(torch.randn(6, 4).bfloat16(), 2)
     assert routing.weights.dtype == routing.probabilities.dtype == torch.float32
     torch.testing.assert_close(routing.weights.sum(1), torch.ones(6))
+
+
+@pytest.mark.fast
+def test_route_takes_the_lower_of_equal_experts_and_counts() -> None:
+    logits = torch.tensor([[1.0, 2, 2, 0, 2], [0, 0, 0, 0, 0], [3, 0, 9, 9, 1]])
+    routing = route(logits, 2)
+    assert routing.experts.tolist() == [[1, 2], [0, 1], [2, 3]]
+    assert routing.counts.tolist() == [1, 2, 2, 1, 0]
+    assert routing.counts.dtype == routing.experts.dtype == torch.int64
+
+
+@pytest.mark.fast
+def test_padding_goes_to_no_expert() -> None:
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    routing, whole = route(logits, 2, num_tokens=4), route(logits, 2)
+    assert torch.equal(routing.experts[:4], whole.experts[:4])
+    assert torch.equal(routing.weights[:4], whole.weights[:4])
+    assert torch.equal(routing.probabilities, whole.probabilities)
+    assert (routing.experts[4:] == 4).all()
+    assert torch.equal(routing.counts, whole.experts[:4].flatten().bincount(minlength=4))
+    (gradient,) = torch.autograd.grad(routing.weights.square().sum(), logits)
+    assert gradient[:4].any()
+    assert not gradient[4:].any()
+
+
+@pytest.mark.fast
+def test_route_names_what_is_wrong() -> None:
+    for logits, k in ((torch.zeros(3), 1), (torch.zeros(3, 4), 5), (torch.zeros(3, 4), 0)):
+        with pytest.raises(ValueError, match=r"route: logits must be \[tokens, num_experts\]"):
+            route(logits, k)
 
 
 def serve(experts: list[list[int]], num_experts: int, capacity: int) -> list[list[int]]:
@@ -61,11 +99,89 @@ def test_capacity_serves_first_choices_first(data: st.DataObject) -> None:
     experts += [[num_experts] * k] * data.draw(st.integers(0, 3))
     capacity = data.draw(st.integers(0, 8))
     weights = torch.rand(len(experts), k)
-    routing = Routing(torch.tensor(experts), weights, torch.rand(len(experts), num_experts))
+    probabilities = torch.rand(len(experts), num_experts)
+    counts = torch.zeros(num_experts, dtype=torch.int64)
+    routing = Routing(torch.tensor(experts), weights, probabilities, counts)
     dropped = drop_over_capacity(routing, num_experts, capacity)
     assert dropped.experts.tolist() == serve(experts, num_experts, capacity)
     assert dropped.weights is weights
     assert dropped.probabilities is routing.probabilities
+    assert dropped.counts is counts
+
+
+def random_order(tokens: int, k: int, num_experts: int) -> Tensor:
+    """Experts with dropped assignments among them."""
+    generator = torch.Generator().manual_seed(tokens + k)
+    return torch.randint(0, num_experts + 1, (tokens, k), generator=generator)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("tokens", "k", "num_experts"), [(40, 2, 5), (7, 3, 9), (1, 1, 1), (0, 2, 3)]
+)
+def test_permutation_is_a_stable_sort(tokens: int, k: int, num_experts: int) -> None:
+    experts = random_order(tokens, k, num_experts)
+    order = permutation(experts, num_experts)
+    flat = experts.flatten().tolist()
+    by_expert = sorted(range(tokens * k), key=lambda assignment: flat[assignment])
+    assert order.destinations.shape == (tokens, k)
+    assert [by_expert[row] for row in order.destinations.flatten()] == list(range(tokens * k))
+    assert order.counts.tolist() == [flat.count(expert) for expert in range(num_experts)]
+    assert order.num_kept.tolist() == [sum(expert < num_experts for expert in flat)]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_permute_and_unpermute_equal_loops(k: int) -> None:
+    tokens, hidden = 9, 5
+    experts = random_order(tokens, k, 4)
+    order = permutation(experts, 4)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64).requires_grad_()
+    rows = permute(x, order)
+    kept = int(order.num_kept)
+    assert not rows[kept:].any()
+    for token in range(tokens):
+        for choice in range(k):
+            if experts[token, choice] < 4:
+                assert torch.equal(rows[order.destinations[token, choice]], x[token])
+    chosen = (experts < 4).double()
+    assert torch.equal(unpermute(rows, None, order), chosen.sum(1, keepdim=True) * x)
+    (gradient,) = torch.autograd.grad(rows.sum(), x)
+    assert torch.equal(gradient, chosen.sum(1, keepdim=True).expand(-1, hidden))
+
+    weights = torch.rand(tokens, k, generator=generator, dtype=torch.float64)
+    weights = weights.masked_fill(experts == 4, float("nan")).requires_grad_()
+    outputs = torch.randn(tokens * k, hidden, generator=generator, dtype=torch.float64)
+    outputs[kept:] = float("nan")
+    outputs.requires_grad_()
+    got = unpermute(outputs, weights, order)
+    want = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for token in range(tokens):
+        for choice in range(k):
+            if experts[token, choice] < 4:
+                row = outputs[order.destinations[token, choice]]
+                want[token] = want[token] + weights[token, choice] * row
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+    projection = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
+    mine = torch.autograd.grad((got * projection).sum(), [outputs, weights])
+    theirs = torch.autograd.grad((want * projection).sum(), [outputs, weights])
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+@pytest.mark.fast
+def test_orders_name_what_is_wrong() -> None:
+    order = permutation(random_order(4, 2, 3), 3)
+    for experts in (torch.zeros(4, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"experts must be \[tokens, k\] int64"):
+            permutation(experts, 3)
+    with pytest.raises(ValueError, match=r"for the permutation's 4 tokens, got \(5, 8\)"):
+        permute(torch.zeros(5, 8), order)
+    with pytest.raises(ValueError, match=r"rows must be \[8, hidden_size\], got \(4, 8\)"):
+        unpermute(torch.zeros(4, 8), None, order)
+    with pytest.raises(ValueError, match=r"weights must be \(4, 2\), got \(8,\)"):
+        unpermute(torch.zeros(8, 8), torch.zeros(8), order)
 
 
 def loop(x: Tensor, counts: list[int], w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
@@ -114,6 +230,22 @@ def test_rows_behind_the_last_group_may_hold_anything() -> None:
     for weight in (w1, w3, w2):
         assert weight.grad is not None
         assert weight.grad.isfinite().all()
+
+
+@pytest.mark.fast
+def test_grouped_swiglu_names_what_is_wrong() -> None:
+    x, counts = torch.zeros(6, 4), torch.tensor([3, 1])
+    w1, w2 = torch.zeros(2, 7, 4), torch.zeros(2, 4, 7)
+    for arguments in (
+        (x.t(), counts, w1, w1, w2),
+        (x, counts[:1], w1, w1, w2),
+        (x, counts, w1, w1[:, :6], w2),
+        (x, counts, w1, w1, w1),
+    ):
+        with pytest.raises(ValueError, match="do not fit: got "):
+            grouped_swiglu(*arguments)
+    with pytest.raises(ValueError, match="must share one dtype"):
+        grouped_swiglu(x.bfloat16(), counts, w1, w1, w2)
 
 
 @pytest.mark.gpu

@@ -22,6 +22,9 @@ RUNS_KERNELS = INTERPRETED or torch.cuda.is_available()
 without_kernels = pytest.mark.skipif(
     RUNS_KERNELS, reason="they run here: on the GPU, or already interpreted"
 )
+compiles_only = pytest.mark.skipif(
+    RUNS_KERNELS, reason="for machines that compile Triton kernels and cannot run them"
+)
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="slow in the interpreter, and nothing new")
 
 
@@ -49,14 +52,16 @@ def run_in_interpreter(file: str) -> None:
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN, or a wild index: an element that no kernel writes shows.
 
-    Import it and ask for it with `pytestmark = pytest.mark.usefixtures("poisoned_allocations")`.
+    Ask for it with `pytestmark = pytest.mark.usefixtures("poisoned_allocations")`.
     """
 
     def poison(allocate: Any) -> Any:
         def poisoned(*args: Any, **options: Any) -> Tensor:
             fresh = allocate(*args, **options)
-            wild = float("nan") if fresh.is_floating_point() else 123456789
-            return fresh.fill_(wild) if fresh.device.type == DEVICE else fresh
+            if fresh.device.type != DEVICE:
+                return fresh
+            is_float = fresh.is_floating_point()
+            return fresh.fill_(float("nan") if is_float else torch.iinfo(fresh.dtype).max // 17)
 
         return poisoned
 
@@ -64,6 +69,44 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "empty", poison(torch.empty))
         monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
         monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+
+
+class _Hopper:
+    """A driver without a device: what Triton asks before it compiles."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: Any = None) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled_for_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Any]]:
+    """Launches compile for sm_90 and run nothing; gives the (name, compiled kernel) of each.
+
+    For machines without a GPU, and not in the interpreter: mark the test with `compiles_only`.
+    """
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels.append((self.__name__, kernel))
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", _Hopper())
+    return kernels
 
 
 def assert_near(mine: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:

@@ -1,0 +1,187 @@
+"""Runs all jobs in a process of their own, so that a crash or a hang costs one row."""
+
+import gc
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from fulmen.kernels import registry
+from kernel_cases import cases_of
+from kernel_cases.case import Case, Expected, Settings
+from kernel_cases.measure import Measurement, make_sets, measure_ceilings, synchronize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run and for how long."""
+
+    settings: Settings
+    ops: tuple[str, ...]
+    providers: tuple[str, ...] = ()
+    """Parts of names; a provider runs if it contains one. Empty: all."""
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    seconds: float = 0.3
+    """For the times of one pass of one provider."""
+    budget_s: float | None = None
+    """No job begins later than this after the start."""
+    stall_s: float = 400.0
+    """A job that takes longer is given up."""
+
+    def jobs(self) -> Iterator[tuple[Case, str]]:
+        for op in self.ops:
+            for case in cases_of(op, self.settings):
+                for name in case.providers:
+                    chosen = not self.providers or any(x in name for x in self.providers)
+                    if chosen or name == case.baseline:
+                        yield case, name
+
+
+def run_jobs(
+    plan: Plan, on_facts: Callable[[dict[str, Any]], None], on_row: Callable[[dict[str, Any]], None]
+) -> None:
+    """All jobs of the plan; a fresh process goes on where one has died."""
+    jobs = [label(case, name) for case, name in plan.jobs()]
+    deadline = None if plan.budget_s is None else time.time() + plan.budget_s
+    context = multiprocessing.get_context("spawn")
+    position = 0
+    ceilings: dict[str, float] = {}
+    while position < len(jobs):
+        receiver, sender = context.Pipe(duplex=False)
+        worker = context.Process(target=work, args=(plan, position, deadline, ceilings, sender))
+        worker.start()
+        sender.close()
+        begun = position
+        try:
+            while position < len(jobs):
+                if not receiver.poll(plan.stall_s):
+                    on_row(jobs[position] | {"failed": f"no answer in {plan.stall_s:.0f} s"})
+                    position += 1
+                    break
+                kind, message = receiver.recv()
+                if kind == "facts":
+                    ceilings = message["ceilings"]
+                    on_facts(message)
+                else:
+                    on_row(message)
+                    position += 1
+        except EOFError:
+            worker.join()
+            on_row(jobs[position] | {"failed": f"the process died with {worker.exitcode}"})
+            position += 1
+        finally:
+            worker.kill()
+            worker.join()
+        if position == begun + 1 and not ceilings:
+            return  # not even the ceilings came
+
+
+def label(case: Case, provider: str) -> dict[str, Any]:
+    """The head of a row."""
+    return {"op": case.op, "case": case.label, "tokens": case.tokens, "provider": provider}
+
+
+def work(
+    plan: Plan,
+    position: int,
+    deadline: float | None,
+    ceilings: dict[str, float],
+    sender: Connection,
+) -> None:
+    """The jobs from `position` on; sends a row for each."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
+    if not ceilings:
+        ceilings = measure_ceilings(device, plan.seconds)
+        _free_memory(device)
+        sender.send(("facts", {"ceilings": ceilings} | describe(device)))
+    shared: tuple[Case | None, list[Expected] | str] = (None, "")
+    for index, (case, name) in enumerate(plan.jobs()):
+        if index < position:
+            continue
+        row = label(case, name)
+        if deadline is not None and time.time() > deadline:
+            sender.send(("row", row | {"failed": "not begun, the time was up"}))
+            continue
+        if shared[0] is None or shared[0].label != case.label or shared[0].op != case.op:
+            shared = (None, "")
+            torch._dynamo.reset()
+            _free_memory(device)
+            shared = (case, truth_of(case, device, dtype))
+        expected = shared[1]
+        row |= run_job(case, name, expected, device, dtype, plan.seconds, ceilings)
+        sender.send(("row", row))
+        try:
+            synchronize(device)
+        except Exception:
+            # An illegal access: nothing works in this process any more.
+            sender.close()
+            os._exit(1)
+    sender.close()
+
+
+def truth_of(case: Case, device: torch.device, dtype: torch.dtype) -> list[Expected] | str:
+    """The expected results, or why there are none."""
+    try:
+        return case.truth(make_sets(case, device, dtype)[0])
+    except Exception as error:
+        return f"no truth: {explain(error)}"
+    finally:
+        registry.configure(dict.fromkeys(registry.OPS, registry.AUTO))
+
+
+def run_job(
+    case: Case,
+    name: str,
+    expected: list[Expected] | str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    ceilings: dict[str, float],
+) -> dict[str, Any]:
+    """Figures of one provider, or why there are none."""
+    if isinstance(expected, str):
+        return {"failed": expected}
+    try:
+        _free_memory(device)
+        sets = make_sets(case, device, dtype)
+        provider = case.providers[name]()
+        return Measurement(case, provider, sets, expected, seconds).run(ceilings)
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    except Exception as error:
+        return {"failed": explain(error)}
+    finally:
+        registry.configure(dict.fromkeys(registry.OPS, registry.AUTO))
+
+
+def explain(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    facts = {"device": "cpu", "torch": torch.__version__}
+    if device.type == "cuda":
+        import triton
+
+        facts |= {"device": torch.cuda.get_device_name(device), "triton": triton.__version__}
+    return facts
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def print_row(row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)

@@ -1,0 +1,476 @@
+"""Triton kernels of lightning attention: one scan, used forward and (reversed) backward.
+
+With `l = exp(-slope)`, `scan(a, b, c)` is `out_i = sum_{j <= i} l^(i-j) (a_i . b_j) c_j`, and its
+reverse sums over `j >= i`. All four passes of training are that one function:
+
+    out = scan(q, k, v)                  dq = scan(do, v, k)
+    dv  = reverse scan(k, q, do)         dk = reverse scan(v, do, q)
+
+**Work.** A row is cut into *chunks* of BLOCK_TOKENS that start anew with each document, so that
+none sees two documents; a device table lists them where the row is packed. A program owns (piece,
+head, slice of BLOCK_VALUES columns of c), a piece being a run of chunks, and goes over it with the
+state, fp32, in registers. At a document's first chunk the old state's weights are 0, so a boundary
+costs nothing but the part of a chunk that stays empty. The state and its products are kept
+transposed: then all first operands of the tensor cores that are computed, not loaded, come from
+registers, and only the scores pass through shared memory. Tiles come and go through the copy
+engine (tensor descriptors), which also cuts off what lies behind the row.
+
+**Phases.** Where rows x heads x slices fill the chip, a piece is a whole row and `scan_kernel`
+does everything. Otherwise rows are cut into pieces: (1) `local_state_kernel`, each piece's own
+state from b and c, and the decay through it; (2) `carry_kernel`, a short scan over a row's pieces,
+which turns these into the states at the cuts; (3) `scan_kernel` from there. Backward reads the
+saved states at the cuts for dq and runs phases 1 and 2 once for dk and dv together.
+
+**Decay.** Every exponent is <= 0. In reverse the state that enters is multiplied by l^(tokens up to
+the chunk's end), one power fewer than forward: the gradient of a final state meets the last token's
+undecayed. So forward weighs (in, out) by (l^(i+1), l^(n-1-i)), reverse by (l^(n-1-i), l^(i+1)), for
+offset i in a chunk of n tokens.
+
+The README has the floors and the measurements.
+"""
+
+# Kernels carry no Python types; their launchers do.
+# mypy: disable-error-code="no-untyped-def,misc,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def product(a, b, accumulator):
+    """`accumulator + a @ b` in fp32, exact for fp32 operands (no tf32)."""
+    # Triton's interpreter keeps bf16 as 16-bit integers and would multiply those.
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def log2_decay_of(slopes, head):
+    """Log2 of the decay a token. The bound makes an infinite slope `l = 0` with `l^0 = 1`."""
+    slope = tl.load(slopes + head).to(tl.float32)
+    return -1.4426950408889634 * tl.minimum(slope, 1e4)
+
+
+@triton.jit
+def share_of(
+    program, first_piece, launched, heads, HEAD_DIM: tl.constexpr, BLOCK_VALUES: tl.constexpr
+):
+    """(row, piece, head, first column of the slice) of a program; `launched` pieces of each row.
+
+    A head's slices are neighbours, so that the second one finds a and b in L2.
+    """
+    slices: tl.constexpr = HEAD_DIM // BLOCK_VALUES
+    column = (program % slices) * BLOCK_VALUES
+    head = (program // slices) % heads
+    piece = program // (slices * heads)
+    return piece // launched, first_piece + piece % launched, head, column
+
+
+@triton.jit
+def chunks_of(
+    piece,
+    tokens,
+    piece_chunks,
+    chunks,
+    num_entries,
+    BLOCK_TOKENS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """(first, end) of a piece's chunks."""
+    if PACKED:
+        total = tl.load(chunks + 4 * num_entries)
+    else:
+        total = tl.cdiv(tokens, BLOCK_TOKENS)
+    first = piece * piece_chunks
+    return first, tl.maximum(tl.minimum(first + piece_chunks, total), first)
+
+
+@triton.jit
+def chunk_at(chunks, index, row, tokens, BLOCK_TOKENS: tl.constexpr, PACKED: tl.constexpr):
+    """(first token, number of tokens, sequence, is its first, is its last) of a chunk."""
+    if PACKED:
+        entry = chunks + 4 * index
+        edges = tl.load(entry + 3)
+        first = tl.load(entry)
+        return first, tl.load(entry + 1), tl.load(entry + 2), (edges & 1) != 0, edges >= 2
+    else:
+        first = index * BLOCK_TOKENS
+        count = tl.minimum(tokens - first, BLOCK_TOKENS)
+        return first, count, row, index == 0, first + BLOCK_TOKENS >= tokens
+
+
+@triton.jit
+def rows_of(
+    tensor,
+    strides,
+    row,
+    tokens,
+    head,
+    column,
+    BLOCK_TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Descriptor of WIDTH columns of a head in a row of a [batch, tokens, heads, head_dim].
+
+    Reads behind the row give 0, writes there do nothing.
+    """
+    start = tensor + row * tl.cast(strides[0], tl.int64) + head * tl.cast(strides[2], tl.int64)
+    # A descriptor of no rows is invalid; of an empty row nothing is read.
+    shape = [tl.maximum(tokens, 1), WIDTH]
+    return tl.make_tensor_descriptor(start + column, shape, [strides[1], 1], [BLOCK_TOKENS, WIDTH])
+
+
+@triton.jit
+def chunk_weights(log2_decay, token, count, REVERSE: tl.constexpr):
+    """(weight of the entering state, of each token in the leaving state, of old in new state)."""
+    to_start = tl.exp2(log2_decay * (token + 1).to(tl.float32))
+    to_end = tl.exp2(log2_decay * tl.maximum(count - 1 - token, 0).to(tl.float32))
+    to_start = tl.where(token < count, to_start, 0.0)
+    to_end = tl.where(token < count, to_end, 0.0)
+    carry = tl.exp2(log2_decay * (count + 0.0))
+    if REVERSE:
+        return to_end, to_start, carry
+    else:
+        return to_start, to_end, carry
+
+
+@triton.jit
+def state_tile(
+    states,
+    index,
+    heads,
+    head,
+    first_column,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Pointers to a program's [BLOCK_VALUES, HEAD_DIM] of a state [index, heads, row, column].
+
+    The program's rows are the scan's columns; TRANSPOSED, memory holds the scan's transposes.
+    """
+    base = states + (tl.cast(index, tl.int64) * heads + head) * (HEAD_DIM * HEAD_DIM)
+    row = tl.arange(0, HEAD_DIM)[None, :]
+    column = first_column + tl.arange(0, BLOCK_VALUES)[:, None]
+    if TRANSPOSED:
+        return base + column * HEAD_DIM + row
+    else:
+        return base + row * HEAD_DIM + column
+
+
+@triton.jit
+def cut_before(row, piece, pieces, REVERSE: tl.constexpr):
+    """(number of the cut that the scan passes into a piece, whether there is one)."""
+    cut = piece if REVERSE else piece - 1
+    return row * (pieces - 1) + cut, (cut >= 0) & (cut < pieces - 1)
+
+
+@triton.jit
+def store_rows(out, stride, first, count, result):
+    """Writes a chunk's tokens; `out` points at the program's columns of the row's first token."""
+    token = tl.arange(0, result.shape[0])[:, None]
+    column = tl.arange(0, result.shape[1])[None, :]
+    tile = out + (first + token) * tl.cast(stride, tl.int64) + column
+    tl.store(tile, result, mask=token < count)
+
+
+@triton.jit
+def chunk_output(
+    a_chunk,
+    b_chunk,
+    c_chunk,
+    state,
+    reach,
+    entering,
+    count,
+    token,
+    MASKED: tl.constexpr,
+):
+    """`out` of one chunk, transposed; `c_chunk` and `state` are, too. MASKED: b has rows behind."""
+    scores = product(b_chunk, tl.trans(a_chunk), None) * reach
+    if MASKED:
+        scores = tl.where(token[:, None] < count, scores, 0.0)
+    result = product(state.to(a_chunk.dtype), tl.trans(a_chunk), None) * entering[None, :]
+    return product(c_chunk, scores.to(c_chunk.dtype), result)
+
+
+@triton.jit
+def reach_of(log2_decay, token, REVERSE: tl.constexpr):
+    """`l^|i-j|` where j may reach i, else 0: [j, i]."""
+    distance = token[None, :] - token[:, None]
+    if REVERSE:
+        distance = -distance
+    reach = tl.exp2(log2_decay * tl.maximum(distance, 0).to(tl.float32))
+    return tl.where(distance >= 0, reach, 0.0)
+
+
+RUNTIME_SIZES = [
+    "tokens", "pieces", "first_piece", "launched", "piece_chunks", "num_entries", "heads",
+]  # fmt: skip
+"""Sizes that change from call to call: no new compilation for a length that is 1 or odd."""
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def scan_kernel(
+    a,
+    b,
+    c,
+    out,
+    a_strides,
+    b_strides,
+    c_strides,
+    slopes,
+    outer_states,
+    cut_states,
+    leaving_states,
+    chunks,
+    tokens,
+    pieces,
+    first_piece,
+    launched,
+    piece_chunks,
+    num_entries,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    IS_CUT: tl.constexpr,
+    STORE_LEAVING: tl.constexpr,
+    STORE_CUT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Phase 3. Grid: rows x launched pieces x heads x slices, the slices fastest.
+
+    `out` is contiguous. `outer_states`, one per sequence, enter its first chunk in the order of the
+    scan (zero unless HAS_OUTER); `cut_states` [rows, pieces - 1] enter pieces, and with STORE_CUT
+    receive what leaves them; `leaving_states`, one per sequence, are written after its last chunk
+    if STORE_LEAVING. TRANSPOSED: memory holds the transposes of the scan's states.
+    """
+    row, piece, head, column = share_of(
+        tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
+    )
+    begin, end = chunks_of(piece, tokens, piece_chunks, chunks, num_entries, BLOCK_TOKENS, PACKED)
+    log2_decay = log2_decay_of(slopes, head)
+    a_rows = rows_of(a, a_strides, row, tokens, head, 0, BLOCK_TOKENS, HEAD_DIM)
+    b_rows = rows_of(b, b_strides, row, tokens, head, 0, BLOCK_TOKENS, HEAD_DIM)
+    c_rows = rows_of(c, c_strides, row, tokens, head, column, BLOCK_TOKENS, BLOCK_VALUES)
+    out_stride = heads * HEAD_DIM
+    out_strides = (tl.cast(tokens, tl.int64) * out_stride, out_stride, HEAD_DIM)
+    out_rows = rows_of(out, out_strides, row, tokens, head, column, BLOCK_TOKENS, BLOCK_VALUES)
+    out_columns = out + row * out_strides[0] + head * HEAD_DIM + column
+    token = tl.arange(0, BLOCK_TOKENS)
+    reach = reach_of(log2_decay, token, REVERSE)
+
+    state = tl.zeros([BLOCK_VALUES, HEAD_DIM], dtype=tl.float32)
+    cut, is_inside = cut_before(row, piece, pieces, REVERSE)
+    if IS_CUT:
+        tile = state_tile(cut_states, cut, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED)
+        state = tl.load(tile, mask=is_inside, other=0.0)
+    # A branch in the loop makes it wait for all products of a chunk, so that of rows that are not
+    # packed, whose sequence begins and ends with the row, stands outside.
+    if HAS_OUTER and not PACKED:
+        tile = state_tile(
+            outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
+        )
+        state += tl.load(tile, mask=is_inside == 0, other=0.0)
+    for step in range(end - begin):
+        index = end - 1 - step if REVERSE else begin + step
+        first, count, sequence, opens, closes = chunk_at(
+            chunks, index, row, tokens, BLOCK_TOKENS, PACKED
+        )
+        a_chunk = a_rows.load([first, 0])
+        b_chunk = b_rows.load([first, 0])
+        c_chunk = tl.trans(c_rows.load([first, 0]))
+        entering, leaving, carry = chunk_weights(log2_decay, token, count, REVERSE)
+        if PACKED:
+            starts = closes if REVERSE else opens
+            if not HAS_OUTER:
+                entering = tl.where(starts, 0.0, entering)
+                carry = tl.where(starts, 0.0, carry)
+            elif starts:
+                tile = state_tile(
+                    outer_states, sequence, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
+                )
+                state = tl.load(tile)
+        result = chunk_output(
+            a_chunk, b_chunk, c_chunk, state, reach, entering, count, token, PACKED and REVERSE
+        )
+        result = tl.trans(result).to(a_chunk.dtype)
+        if PACKED:
+            # The copy engine would also write the next document's tokens.
+            store_rows(out_columns, out_stride, first, count, result)
+        else:
+            out_rows.store([first, 0], result)
+        weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
+        state = product(weighed, b_chunk, state * carry)
+        if STORE_LEAVING and PACKED and (opens if REVERSE else closes):
+            tile = state_tile(
+                leaving_states, sequence, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
+            )
+            tl.store(tile, state)
+    cut, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
+    if STORE_CUT:
+        tile = state_tile(cut_states, cut, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED)
+        tl.store(tile, state, mask=is_inside)
+    if STORE_LEAVING and not PACKED:
+        tile = state_tile(
+            leaving_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
+        )
+        tl.store(tile, state, mask=is_inside == 0)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def local_state_kernel(
+    b,
+    c,
+    b_strides,
+    c_strides,
+    slopes,
+    outer_states,
+    states,
+    decays,
+    chunks,
+    tokens,
+    pieces,
+    first_piece,
+    launched,
+    piece_chunks,
+    num_entries,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Phase 1: the state at each cut were nothing before the piece that leads to it.
+
+    `states` [rows, pieces - 1, heads, HEAD_DIM, HEAD_DIM] as dv's scan has them, `decays` [rows,
+    pieces - 1, heads] what remains of a state that enters the piece (0 if a document starts there).
+    Grid as in `scan_kernel`; the last piece in the order of the scan has no cut behind it.
+    """
+    row, piece, head, column = share_of(
+        tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
+    )
+    place, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
+    if is_inside:
+        begin, end = chunks_of(
+            piece, tokens, piece_chunks, chunks, num_entries, BLOCK_TOKENS, PACKED
+        )
+        log2_decay = log2_decay_of(slopes, head)
+        b_rows = rows_of(b, b_strides, row, tokens, head, 0, BLOCK_TOKENS, HEAD_DIM)
+        c_rows = rows_of(c, c_strides, row, tokens, head, column, BLOCK_TOKENS, BLOCK_VALUES)
+        token = tl.arange(0, BLOCK_TOKENS)
+        # Tokens whose weight is below the least normal fp32 (2^-126) are not read: fast heads only
+        # need a piece's last few chunks. A chunk that is not full ends a document, so counting
+        # chunks as full leaves none out that matters.
+        visible = tl.minimum(127.0 / tl.maximum(-log2_decay, 1e-6), 1e9).to(tl.int32)
+        needed = tl.minimum(end - begin, tl.cdiv(visible, BLOCK_TOKENS) + 1)
+        state = tl.zeros([BLOCK_VALUES, HEAD_DIM], dtype=tl.float32)
+        decay = tl.where(needed < end - begin, 0.0, 1.0)
+        for step in range(needed):
+            index = begin + needed - 1 - step if REVERSE else end - needed + step
+            first, count, sequence, opens, closes = chunk_at(
+                chunks, index, row, tokens, BLOCK_TOKENS, PACKED
+            )
+            b_chunk = b_rows.load([first, 0])
+            c_chunk = tl.trans(c_rows.load([first, 0]))
+            _entering, leaving, carry = chunk_weights(log2_decay, token, count, REVERSE)
+            starts = closes if REVERSE else opens
+            decay = tl.where(starts, 0.0, decay * carry)
+            if HAS_OUTER:
+                if starts:
+                    state = tl.load(
+                        state_tile(
+                            outer_states, sequence, heads, head, column,
+                            HEAD_DIM, BLOCK_VALUES, False,
+                        )
+                    )  # fmt: skip
+            else:
+                carry = tl.where(starts, 0.0, carry)
+            weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
+            state = product(weighed, b_chunk, state * carry)
+        tl.store(
+            state_tile(states, place, heads, head, column, HEAD_DIM, BLOCK_VALUES, False), state
+        )
+        if column == 0:
+            tl.store(decays + place * heads + head, decay)
+
+
+@triton.jit(do_not_specialize=["cuts", "heads"])
+def carry_kernel(
+    states,
+    decays,
+    cuts,
+    heads,
+    STATE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Phase 2: adds to each cut's state what the cuts before it leave of theirs, in place.
+
+    Grid: rows x heads x parts of BLOCK numbers, the parts fastest.
+    """
+    parts: tl.constexpr = STATE_SIZE // BLOCK
+    program = tl.program_id(0)
+    within = (program % parts) * BLOCK + tl.arange(0, BLOCK)
+    head = (program // parts) % heads
+    row = program // (parts * heads)
+    state = tl.zeros([BLOCK], dtype=tl.float32)
+    for step in range(cuts):
+        place = (row * cuts + (cuts - 1 - step if REVERSE else step)) * heads + head
+        here = states + tl.cast(place, tl.int64) * STATE_SIZE + within
+        state = state * tl.load(decays + place) + tl.load(here)
+        tl.store(here, state)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_entries"])
+def chunk_table_kernel(
+    cu_seqlens,
+    chunks,
+    num_sequences,
+    num_entries,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr,
+):
+    """`chunks[n] = (first token, tokens, sequence, is first + 2 * is last)` of a packed row.
+
+    `chunks[num_entries, 0]` is their number; entries between are not written. An empty document has
+    one (empty) chunk, so that its state passes through.
+    """
+    entry = tl.program_id(0) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    sequence = tl.zeros([BLOCK_ENTRIES], dtype=tl.int32)
+    first_of = tl.zeros([BLOCK_ENTRIES], dtype=tl.int32)
+    before = 0
+    for start in range(0, num_sequences, BLOCK_SEQUENCES):
+        index = start + tl.arange(0, BLOCK_SEQUENCES)
+        real = index < num_sequences
+        begin = tl.load(cu_seqlens + index, mask=real, other=0)
+        length = tl.load(cu_seqlens + index + 1, mask=real, other=0) - begin
+        count = tl.where(real, tl.maximum(tl.cdiv(length, BLOCK_TOKENS), 1), 0)
+        through = before + tl.cumsum(count, axis=0)
+        passed = (through[None, :] <= entry[:, None]) & real[None, :]
+        sequence += tl.sum(passed.to(tl.int32), axis=1)
+        first_of = tl.maximum(first_of, tl.max(tl.where(passed, through[None, :], 0), axis=1))
+        before += tl.sum(count, axis=0)
+    used = sequence < num_sequences
+    begin = tl.load(cu_seqlens + sequence, mask=used, other=0)
+    end = tl.load(cu_seqlens + sequence + 1, mask=used, other=0)
+    first = begin + (entry - first_of) * BLOCK_TOKENS
+    is_last = first + BLOCK_TOKENS >= end
+    tl.store(chunks + 4 * entry, first, mask=used)
+    tl.store(chunks + 4 * entry + 1, tl.minimum(end - first, BLOCK_TOKENS), mask=used)
+    tl.store(chunks + 4 * entry + 2, sequence, mask=used)
+    edges = (entry == first_of).to(tl.int32) + 2 * is_last.to(tl.int32)
+    tl.store(chunks + 4 * entry + 3, edges, mask=used)
+    if tl.program_id(0) == 0:
+        tl.store(chunks + 4 * num_entries, before)

@@ -1,0 +1,79 @@
+"""The mixture-of-experts ops in plain torch; nothing here but the experts waits for a device."""
+
+import torch
+from torch import Tensor
+
+from fulmen.kernels.swiglu import swiglu
+
+
+def reference_route(
+    logits: Tensor, k: int, num_tokens: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Experts, weights, probabilities and counts of `Routing`."""
+    num_experts = logits.shape[1]
+    logits = logits.to(_accumulate(logits))
+    probabilities = torch.softmax(logits, -1)
+    # Not topk, which leaves open which of several equal ones it takes.
+    experts = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    weights = probabilities.gather(1, experts)
+    weights = weights / weights.sum(-1, keepdim=True)
+    if num_tokens is not None:
+        padding = torch.arange(logits.shape[0], device=logits.device)[:, None] >= num_tokens
+        experts = experts.masked_fill(padding, num_experts)
+        weights = weights.masked_fill(padding, 0)
+    return experts, weights, probabilities, _count(experts, num_experts)
+
+
+def reference_permutation(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Destinations, counts and the number of kept assignments of `Permutation`."""
+    order = experts.flatten().argsort(stable=True)
+    counts = _count(experts, num_experts)
+    return _invert(order).view_as(experts), counts, counts.sum(0, keepdim=True)
+
+
+def reference_permute(x: Tensor, destinations: Tensor, num_kept: Tensor) -> Tensor:
+    repeated = x.unsqueeze(1).expand(-1, destinations.shape[1], -1).flatten(0, 1)
+    rows = repeated[_invert(destinations.flatten())]
+    row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
+    return torch.where(row < num_kept, rows, 0)
+
+
+def reference_unpermute(
+    rows: Tensor, weights: Tensor | None, destinations: Tensor, num_kept: Tensor
+) -> Tensor:
+    kept = destinations < num_kept
+    parts = rows[destinations.flatten()].unflatten(0, destinations.shape)
+    parts = torch.where(kept.unsqueeze(-1), parts, 0).to(_accumulate(rows))
+    if weights is not None:
+        parts = parts * torch.where(kept, weights, 0).unsqueeze(-1)
+    return parts.sum(1).to(rows.dtype)
+
+
+def reference_grouped_swiglu(
+    x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
+) -> Tensor:
+    """A loop over the experts; the host learns the counts."""
+    sizes = counts.tolist()
+    *parts, rest = x.split([*sizes, x.shape[0] - sum(sizes)])
+    # unbind, not w1[e]: the backward of an index would add a full-size zero tensor per expert.
+    outputs = [
+        swiglu(part @ a.t(), part @ b.t()) @ c.t()
+        for part, a, b, c in zip(parts, w1.unbind(), w3.unbind(), w2.unbind(), strict=True)
+    ]
+    return torch.cat([*outputs, rest.new_zeros(rest.shape[0], w2.shape[1])])
+
+
+def _accumulate(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _count(experts: Tensor, num_experts: int) -> Tensor:
+    flat = experts.flatten()
+    counts = flat.new_zeros(num_experts + 1)  # not bincount, which makes the host wait for a GPU
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
+
+
+def _invert(order: Tensor) -> Tensor:
+    """The inverse of a permutation of 0 .. n-1."""
+    numbers = torch.arange(order.shape[0], device=order.device)
+    return torch.empty_like(order).scatter_(0, order, numbers)
