@@ -20,6 +20,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from fulmen.kernels import registry
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.text import TextModel, count_active_parameters, count_parameters
 from fulmen.parallel.config import ParallelConfig
@@ -38,7 +39,7 @@ DEFAULTS = {
     "activation_checkpointing": "none",
     "dtype": "bfloat16",
     "rival": True,
-    "lightning": "triton",  # or reference
+    "kernels": "auto",  # or torch, a file of recipes/kernels
     "output": None,
 }
 
@@ -76,7 +77,13 @@ class Ours:
         self.tokens = tokens
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
-        output = self.model(ids, labels=labels, cu_seqlens=self.cu_seqlens, num_tokens=self.tokens)
+        output = self.model(
+            ids,
+            labels=labels,
+            cu_seqlens=self.cu_seqlens,
+            document_lengths=self.document_lengths,
+            num_tokens=self.tokens,
+        )
         return output.loss_sum / self.tokens + 0.01 * output.aux_loss
 
     def step(self, ids: Tensor, labels: Tensor) -> None:
@@ -120,13 +127,6 @@ class Transformers:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def use_reference() -> None:
-    """Take the torch reference under the lightning layers, on a GPU too."""
-    from fulmen.kernels.lightning import op
-
-    op.runs_triton = lambda q: False
 
 
 def measure(runner: Any, config: ModelConfig, options: Any, device: torch.device) -> dict[str, Any]:
@@ -176,8 +176,7 @@ def main() -> None:
     recipes = Path(__file__).resolve().parent.parent / "recipes"
     values = OmegaConf.to_container(OmegaConf.load(recipes / "model" / f"{options.model}.yaml"))
     config = ModelConfig(**values)
-    if options.lightning == "reference":
-        use_reference()
+    registry.configure(OmegaConf.load(recipes / "kernels" / f"{options.kernels}.yaml"))
     device = join_world()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -189,7 +188,7 @@ def main() -> None:
             rows.append(
                 {
                     "model": options.model,
-                    "lightning": options.lightning,
+                    "kernels": options.kernels,
                     "parameters": count_parameters(runner.model),
                     "active": count_active_parameters(runner.model),
                     "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

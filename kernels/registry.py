@@ -22,7 +22,7 @@ class KernelsConfig:
     lightning: str = AUTO
     """Lightning attention: triton or torch."""
     attention: str = AUTO
-    """Softmax attention: flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen, or sdpa."""
+    """Softmax attention: flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen, cudnn, or sdpa."""
     silu_qkv: str = AUTO
     """SiLU on q, k and v with the split by head: triton or torch."""
     norm: str = AUTO
@@ -43,7 +43,19 @@ class KernelsConfig:
     """Head and cross entropy: triton or torch."""
 
 
-OPS = tuple(item.name for item in fields(KernelsConfig))
+_OURS = ("triton", "torch")
+IMPLEMENTATIONS = {item.name: _OURS for item in fields(KernelsConfig)} | {
+    "attention": (
+        "flash_attn_4",
+        "flash_attn_3",
+        "flash_attn_2",
+        "torch_varlen",
+        "cudnn",
+        "sdpa",
+    ),
+    "grouped_gemm": ("grouped_mm", "triton", "torch"),
+}
+"""What each op can be asked to run on."""
 
 # One process trains one model: what was asked for, and what was already logged, hold for all of it.
 _overrides: dict[str, str] = {}
@@ -53,18 +65,23 @@ _logged: set[tuple[str, str]] = set()
 def configure(choices: Mapping[str, str]) -> None:
     """Ask for implementations by op; `auto` takes back an earlier request.
 
-    A name that an op does not have shows as a `ValueError` when the op first runs.
+    Raises:
+        ValueError: an unknown name. Whether the machine has it shows when the op first runs.
     """
     for op, name in choices.items():
-        if op not in OPS:
-            raise ValueError(f"kernels.{op}: no such op; there are {', '.join(OPS)}")
+        if op not in IMPLEMENTATIONS:
+            raise ValueError(f"kernels.{op}: no such op; there are {', '.join(IMPLEMENTATIONS)}")
+        if name not in (AUTO, *IMPLEMENTATIONS[op]):
+            raise ValueError(
+                f"kernels.{op}={name}: must be auto or one of {', '.join(IMPLEMENTATIONS[op])}"
+            )
         if name == AUTO:
             _overrides.pop(op, None)
         else:
             _overrides[op] = name
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(op: str, *candidates: tuple[str, str]) -> str:
     """Name of the implementation to run.
 
@@ -73,15 +90,13 @@ def choose(op: str, *candidates: tuple[str, str]) -> str:
         candidates: (implementation, why it cannot take this call or ""), best first.
 
     Raises:
-        ValueError: the configured implementation does not exist or cannot take the call, or none
-            can.
+        ValueError: the configured implementation cannot take the call, or none can.
     """
+    assert {name for name, _ in candidates} <= set(IMPLEMENTATIONS[op])
     wanted = _overrides.get(op)
     if wanted is not None:
         reasons = dict(candidates)
-        if wanted not in reasons:
-            raise ValueError(f"kernels.{op}={wanted}: must be auto or one of {', '.join(reasons)}")
-        if reasons[wanted]:
+        if reasons.get(wanted):
             raise ValueError(f"kernels.{op}={wanted}: {reasons[wanted]}")
         name = wanted
     else:

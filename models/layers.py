@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fulmen.kernels.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -17,7 +18,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 @dataclass
@@ -45,8 +46,9 @@ class Context:
     cu_seqlens: Tensor | None
     """`[documents + 1]` int32 boundaries of a packed row on the device, or None."""
     host_cu_seqlens: Tensor | None
-    """The same in host memory where the caller gave the lengths, so that reading it need not wait
-    for the device."""
+    """The same in host memory where the caller gave the lengths."""
+    max_seqlen: int | None
+    """At least the longest document's length, where the caller gave the lengths."""
     cache: Cache | None
     """Set when decoding."""
 
@@ -66,20 +68,6 @@ def rope_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tenso
     frequency = 1.0 / theta ** (index / rotary_dim)
     angle = positions.to(torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `rotary_dim` dims of `x` `[batch, tokens, heads, head_dim]`.
-
-    Dim i is paired with dim i + rotary_dim / 2 (the NeoX layout); the rest passes through.
-    """
-    half = cos.shape[-1]
-    if half == 0:
-        return x
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    low, high = x[..., :half].float(), x[..., half : 2 * half].float()
-    rotated = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-    return torch.cat([rotated.to(x.dtype), x[..., 2 * half :]], dim=-1)
 
 
 @lru_cache(maxsize=1024)

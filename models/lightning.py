@@ -1,10 +1,10 @@
 """Lightning attention layer."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulmen.kernels.gated_norm import gated_rms_norm
 from fulmen.kernels.lightning import lightning_attention
+from fulmen.kernels.silu_qkv import silu_qkv
 from fulmen.models.config import ModelConfig
 from fulmen.models.layers import Context, RMSNorm, decay_slopes
 
@@ -27,12 +27,10 @@ class LightningAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, tokens, hidden_size]` in and out."""
-        batch, tokens, _ = x.shape
-        qkv = F.silu(self.qkv_proj(x)).view(batch, tokens, self.num_heads, 3 * self.head_dim)
-        q, k, v = qkv.split(self.head_dim, dim=-1)
-        output = self.attend(q, k, v, context)
-        gated = torch.sigmoid(self.output_gate(x)) * self.norm(output.flatten(2))
-        return self.out_proj(gated)
+        q, k, v = silu_qkv(self.qkv_proj(x), self.num_heads)
+        output = self.attend(q, k, v, context).flatten(2)
+        gate = self.output_gate(x)
+        return self.out_proj(gated_rms_norm(output, gate, self.norm.weight, self.norm.eps))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """The attention core on `[batch, tokens, heads, head_dim]`; sequence parallelism's seam."""

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulmen.kernels.moe import Routing, drop_over_capacity, grouped_swiglu, route
+from fulmen.kernels.moe import (
+    Routing,
+    drop_over_capacity,
+    grouped_swiglu,
+    permutation,
+    permute,
+    route,
+    unpermute,
+)
 from fulmen.models.config import ModelConfig, MoEConfig
 
 
@@ -63,11 +71,9 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, num_tokens: int | None = None) -> tuple[Tensor, MoEStats]:
         """`[batch, tokens, hidden_size]` in and out; tokens from `num_tokens` on are padding."""
         flat = x.flatten(0, 1)
-        routing = route(self.gate(flat), self.num_experts_per_token)
-        if num_tokens is not None and num_tokens < flat.shape[0]:
-            routing = mask_padding(routing, num_tokens, self.num_experts)
+        routing = route(self.gate(flat), self.num_experts_per_token, num_tokens=num_tokens)
         num_tokens = flat.shape[0] if num_tokens is None else num_tokens
-        counts = count_assignments(routing.experts, self.num_experts)
+        counts = routing.counts
         aux_loss = load_balancing_loss(counts, routing.probabilities[:num_tokens])
         num_dropped = counts.new_zeros(())
         if self.capacity_factor is not None and self.training:
@@ -80,28 +86,9 @@ class MoE(nn.Module):
 
     def dispatch(self, flat: Tensor, routing: Routing) -> Tensor:
         """Send tokens to their experts and sum what comes back; expert parallelism's seam."""
-        k = self.num_experts_per_token
-        order = routing.experts.flatten().argsort(stable=True)
-        source = order // k
-        counts = count_assignments(routing.experts, self.num_experts)
-        outputs = self.experts(flat[source], counts)
-        weights = routing.weights.flatten()[order].unsqueeze(1)
-        # Back to token order, then a sum in fixed order: index_add_ is not deterministic on a GPU.
-        by_token = (outputs * weights).to(flat.dtype)[order.argsort()]
-        return by_token.view(-1, k, flat.shape[1]).sum(1)
-
-
-def count_assignments(experts: Tensor, num_experts: int) -> Tensor:
-    """`[num_experts]` int64 assignments per expert, without dropped ones (id `num_experts`)."""
-    flat = experts.flatten()
-    counts = flat.new_zeros(num_experts + 1)  # not bincount, which makes the host wait for a GPU
-    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
-
-
-def mask_padding(routing: Routing, num_tokens: int, num_experts: int) -> Routing:
-    """Send the tokens from `num_tokens` on to no expert."""
-    padding = torch.arange(routing.experts.shape[0], device=routing.experts.device) >= num_tokens
-    return routing._replace(experts=routing.experts.masked_fill(padding[:, None], num_experts))
+        order = permutation(routing.experts, self.num_experts)
+        outputs = self.experts(permute(flat, order), order.counts)
+        return unpermute(outputs, routing.weights, order)
 
 
 def load_balancing_loss(counts: Tensor, probabilities: Tensor) -> Tensor:

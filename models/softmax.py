@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from fulmen.kernels.attention import softmax_attention
+from fulmen.kernels.rope import rope
 from fulmen.models.config import ModelConfig
-from fulmen.models.layers import Context, apply_rope
+from fulmen.models.layers import Context
 
 
 class SoftmaxAttention(nn.Module):
@@ -26,8 +27,8 @@ class SoftmaxAttention(nn.Module):
         """`[batch, tokens, hidden_size]` in and out."""
         batch, tokens, _ = x.shape
         shape = (batch, tokens, -1, self.head_dim)
-        q = apply_rope(self.q_proj(x).view(shape), context.cos, context.sin)
-        k = apply_rope(self.k_proj(x).view(shape), context.cos, context.sin)
+        q = rope(self.q_proj(x).view(shape), context.cos, context.sin)
+        k = rope(self.k_proj(x).view(shape), context.cos, context.sin)
         v = self.v_proj(x).view(shape)
         return self.o_proj(self.attend(q, k, v, context).flatten(2))
 
@@ -39,4 +40,11 @@ class SoftmaxAttention(nn.Module):
                 k = torch.cat([cache.keys[self.layer], k], dim=1)
                 v = torch.cat([cache.values[self.layer], v], dim=1)
             cache.keys[self.layer], cache.values[self.layer] = k, v
-        return softmax_attention(q, k, v, cu_seqlens=context.host_cu_seqlens)
+        return softmax_attention(
+            q,
+            k,
+            v,
+            cu_seqlens=context.cu_seqlens,
+            max_seqlen=context.max_seqlen,
+            host_cu_seqlens=context.host_cu_seqlens,
+        )

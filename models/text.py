@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fulmen.kernels.cross_entropy import linear_cross_entropy
+from fulmen.kernels.norm import deepnorm
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.layers import Cache, Context, RMSNorm, packed_positions, rope_tables
 from fulmen.models.lightning import LightningAttention
@@ -49,10 +50,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, MoEStats]:
         """`[batch, tokens, hidden_size]` in and out."""
         h = self.input_layernorm(x)
-        x = self.alpha * h + self.beta * self.self_attn(h, context)
-        h = self.post_attention_layernorm(x)
+        attended = self.self_attn(h, context)
+        norm = self.post_attention_layernorm
+        h = deepnorm(h, attended, norm.weight, norm.eps, alpha=self.alpha, beta=self.beta)
         output, stats = self.block_sparse_moe(h, num_tokens)
-        return self.alpha * h + self.beta * output, stats
+        return torch.add(self.alpha * h, output, alpha=self.beta), stats
 
 
 class Head(nn.Linear):
@@ -93,8 +95,8 @@ class TextModel(nn.Module):
             labels: `[batch, tokens]` int64, already shifted: the token that each position is to
                 predict, -100 for none.
             cu_seqlens: `[documents + 1]` int32 boundaries of one packed row (batch 1).
-            document_lengths: the same as lengths; without them, softmax attention has to wait for
-                the device to learn them.
+            document_lengths: the same as lengths, on the host, where softmax attention can make
+                use of them.
             num_tokens: real tokens of a packed row; those behind them are padding.
             cache: carries states and keys from one call to the next when decoding.
         """
@@ -121,10 +123,12 @@ class TextModel(nn.Module):
         if cache is not None:
             positions = positions + cache.num_tokens
         cos, sin = rope_tables(positions, self.config.rotary_dim, self.config.rope_theta)
-        on_host = cu_seqlens
+        on_host, longest = None, None
         if document_lengths is not None:
             on_host = torch.tensor([0, *accumulate(document_lengths)], dtype=torch.int32)
-        context = Context(cos, sin, cu_seqlens, on_host, cache)
+            # Rounded up to a power of two: a compiled graph is made for few values.
+            longest = min(tokens, 1 << (max(document_lengths) - 1).bit_length())
+        context = Context(cos, sin, cu_seqlens, on_host, longest, cache)
         x = self.embed_tokens(input_ids)
         stats = []
         for block in self.layers:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from omegaconf import MISSING, OmegaConf
 
 from fulmen.data.config import DataConfig
+from fulmen.kernels.registry import KernelsConfig
 from fulmen.models.config import ModelConfig, MoEConfig, check_model
 from fulmen.parallel.config import ParallelConfig, check_parallel
 from fulmen.trainer.metrics import LogConfig
@@ -127,6 +128,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)

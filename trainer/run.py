@@ -1,12 +1,14 @@
 """One run from its folder to its report."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from fulmen.data.config import SourceConfig
 from fulmen.data.shards import read_manifest
+from fulmen.kernels import registry
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.config import RunConfig, check_run_folder
 from fulmen.trainer.loop import Trainer
@@ -20,6 +22,7 @@ from fulmen.trainer.unigram import unigram_loss
 def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     """Train to the end of the schedule, or go on with a run that stopped; returns its folder."""
     check_tokenizers(config.data.sources)
+    registry.configure(asdict(config.kernels))
     run_dir = agree_on_folder(config, recipe)
     check_run_folder(run_dir)
     start_logging(run_dir, mesh.rank)

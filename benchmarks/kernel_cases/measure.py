@@ -89,10 +89,15 @@ def measure_ceilings(device: torch.device, seconds: float) -> dict[str, float]:
     }
 
 
-def make_sets(case: Case, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
-    """The same inputs at each call, set 0 those of the truth."""
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """The same at each call: what the truth is computed for."""
     torch.manual_seed(0)
-    sets = [case.make(device, dtype)]
+    return case.make(device, dtype)
+
+
+def make_sets(case: Case, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
+    """`make_inputs`, and on a GPU others until no cache holds them all."""
+    sets = [make_inputs(case, device, dtype)]
     if device.type == "cuda":
         count = min(MOST_SETS, -(-L2_BYTES // max(1, sets[0].num_bytes)))
         sets += [case.make(device, dtype) for _ in range(count - 1)]

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kernel_cases.goals import goals
+
 COLUMNS = {
     "case": "case",
     "provider": "provider",
@@ -21,6 +23,8 @@ BASELINE_COLUMNS = {
     "forward_of_baseline": "forward % of {baseline}",
     "training_of_baseline": "forward + backward % of {baseline}",
 }
+
+LONGEST_CELL = 160
 
 
 def with_baselines(rows: list[dict[str, Any]], baselines: dict[str, str]) -> list[dict[str, Any]]:
@@ -59,10 +63,10 @@ def table(op: str, rows: list[dict[str, Any]], baseline: str = "") -> str:
         calls = [row.get(f"{name}_first_call_s") for name in ("forward", "training")]
         values = dict(row)
         values["first_calls_s"] = " + ".join(str(call) for call in calls if call is not None) or "-"
-        for name in ("forward", "training"):
-            reason = row.get("failed", row.get(f"{name}_skipped", "-"))
-            values.setdefault(f"{name}_ms", reason.replace("|", "/"))
-        lines.append("| " + " | ".join(str(values.get(key, "-")) for key in columns) + " |")
+        values.setdefault("forward_ms", row.get("failed", row.get("forward_skipped", "-")))
+        values.setdefault("training_ms", row.get("training_skipped", "-"))
+        cells = [str(values.get(key, "-")).replace("|", "/")[:LONGEST_CELL] for key in columns]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -80,7 +84,16 @@ def markdown(facts: dict[str, Any], rows: list[dict[str, Any]], baselines: dict[
         table(op, [row for row in rows if row["op"] == op], baselines.get(op, ""))
         for op in dict.fromkeys(row["op"] for row in rows)
     ]
-    return "\n".join([head + "\n", *tables])
+    return "\n".join([head + "\n", *tables, goals_table(rows)])
+
+
+def goals_table(rows: list[dict[str, Any]]) -> str:
+    """Empty where no goal has figures; they hold for Text-01's sizes on an H200."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in goals(rows)]
+    if not lines:
+        return ""
+    head = ["## Goals on an H200", "", "| what | goal | reached | met |", "|---|---|---|---|"]
+    return "\n".join([*head, *lines]) + "\n"
 
 
 def write(

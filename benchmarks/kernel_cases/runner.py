@@ -15,7 +15,10 @@ import torch
 from fulmen.kernels import registry
 from kernel_cases import cases_of
 from kernel_cases.case import Case, Expected, Settings
-from kernel_cases.measure import Measurement, make_sets, measure_ceilings, synchronize
+from kernel_cases.measure import Measurement, make_inputs, make_sets, measure_ceilings, synchronize
+
+LEAVING_S = 20
+"""For a process that has done its jobs, to end in good order."""
 
 
 @dataclass(frozen=True)
@@ -45,42 +48,58 @@ class Plan:
 
 
 def run_jobs(
-    plan: Plan, on_facts: Callable[[dict[str, Any]], None], on_row: Callable[[dict[str, Any]], None]
+    plan: Plan,
+    on_facts: Callable[[dict[str, Any]], None],
+    on_row: Callable[[dict[str, Any]], None],
+    *,
+    worker: Callable[..., None] | None = None,
+    start_method: str = "spawn",
 ) -> None:
-    """All jobs of the plan; a fresh process goes on where one has died."""
+    """All jobs of the plan; where a process dies or hangs, another goes on behind that job.
+
+    Args:
+        on_facts: receives what `work` sends first, once for each process without ceilings.
+        on_row: receives a row for each job, in order.
+        worker: takes the place of `work`.
+    """
     jobs = [label(case, name) for case, name in plan.jobs()]
     deadline = None if plan.budget_s is None else time.time() + plan.budget_s
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start_method)
     position = 0
     ceilings: dict[str, float] = {}
     while position < len(jobs):
         receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=work, args=(plan, position, deadline, ceilings, sender))
-        worker.start()
+        process = context.Process(
+            target=worker or work, args=(plan, position, deadline, ceilings, sender)
+        )
+        process.start()
         sender.close()
-        begun = position
-        try:
-            while position < len(jobs):
+        trouble = ""
+        while position < len(jobs) and not trouble:
+            try:
                 if not receiver.poll(plan.stall_s):
-                    on_row(jobs[position] | {"failed": f"no answer in {plan.stall_s:.0f} s"})
-                    position += 1
-                    break
+                    trouble = f"no answer in {plan.stall_s:g} s"
+                    continue
                 kind, message = receiver.recv()
-                if kind == "facts":
-                    ceilings = message["ceilings"]
-                    on_facts(message)
-                else:
-                    on_row(message)
-                    position += 1
-        except EOFError:
-            worker.join()
-            on_row(jobs[position] | {"failed": f"the process died with {worker.exitcode}"})
+            except EOFError:
+                process.join()
+                trouble = f"the process ended with {process.exitcode}"
+                continue
+            if kind == "facts":
+                ceilings = message["ceilings"]
+                on_facts(message)
+            else:
+                on_row(message)
+                position += 1
+        if not trouble:
+            process.join(LEAVING_S)
+        process.kill()
+        process.join()
+        if trouble and not ceilings:
+            raise RuntimeError(f"no ceilings could be measured: {trouble}")
+        if trouble:
+            on_row(jobs[position] | {"failed": trouble})
             position += 1
-        finally:
-            worker.kill()
-            worker.join()
-        if position == begun + 1 and not ceilings:
-            return  # not even the ceilings came
 
 
 def label(case: Case, provider: str) -> dict[str, Any]:
@@ -96,7 +115,6 @@ def work(
     sender: Connection,
 ) -> None:
     """The jobs from `position` on; sends a row for each."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
     if not ceilings:
         ceilings = measure_ceilings(device, plan.seconds)
@@ -130,7 +148,7 @@ def work(
 def truth_of(case: Case, device: torch.device, dtype: torch.dtype) -> list[Expected] | str:
     """The expected results, or why there are none."""
     try:
-        return case.truth(make_sets(case, device, dtype)[0])
+        return case.truth(make_inputs(case, device, dtype))
     except Exception as error:
         return f"no truth: {explain(error)}"
     finally:

@@ -68,9 +68,14 @@ def ranking(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(
-    name: str, device_type: str, device_index: int | None, dtype: torch.dtype, head_dim: int
+    name: str,
+    device_type: str,
+    device_index: int | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    is_large: bool = False,
 ) -> str:
-    """Why a back end cannot take such tensors, or ""."""
+    """Why a back end cannot take such tensors, or ""; large are 2^31 numbers and more."""
     if name == "sdpa":
         return ""
     problem = _import_problem(name) if name in PACKAGES else ""
@@ -89,6 +94,8 @@ def why_not(
         return "torch was built without flash attention"
     if name == "cudnn" and not torch.backends.cudnn.is_available():
         return "torch was built without cuDNN"
+    if name == "cudnn" and is_large:
+        return "needs fewer than 2^31 numbers a tensor"
     if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic"
     return ""

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fulmen.kernels.lightning.op import DTYPES, HEAD_DIMS
 from fulmen.kernels.lightning.triton_scan import (
     carry_kernel,
     chunk_table_kernel,
@@ -19,8 +20,6 @@ from fulmen.kernels.lightning.triton_scan import (
     scan_kernel,
 )
 
-DTYPES = (torch.float32, torch.bfloat16)
-HEAD_DIMS = (16, 32, 64, 128, 256)
 SHORTEST_PIECE = 8
 """Chunks. A piece's state costs as much traffic as two chunks' k and v."""
 FULL_ENOUGH = 0.75
@@ -134,8 +133,10 @@ def _make_plan(q: Tensor, cu_seqlens: Tensor | None, piece_tokens: int) -> Plan:
 class _Launcher:
     """The launches of one call: what all of them share, written once."""
 
-    def __init__(self, plan: Plan, slopes: Tensor, cu_seqlens: Tensor | None) -> None:
-        self.plan, self.slopes = plan, slopes
+    def __init__(
+        self, plan: Plan, slopes: Tensor, cu_seqlens: Tensor | None, *, reverse: bool = False
+    ) -> None:
+        self.plan, self.slopes, self.reverse = plan, slopes, reverse
         self.packed = cu_seqlens is not None
         self.chunks = slopes  # never read unless packed
         if cu_seqlens is not None:
@@ -153,6 +154,7 @@ class _Launcher:
                 BLOCK_TOKENS=plan.tile.block_tokens,
                 BLOCK_ENTRIES=block,
                 BLOCK_SEQUENCES=128,
+                REVERSE=reverse,
                 num_warps=4,
             )
 
@@ -173,7 +175,7 @@ class _Launcher:
             "num_stages": 2 * tile.num_stages - 1 if self.packed else tile.num_stages,
         }
 
-    def cut_states(self, b: Tensor, c: Tensor, outer: Tensor | None, *, reverse: bool) -> Tensor:
+    def cut_states(self, b: Tensor, c: Tensor, outer: Tensor | None) -> Tensor:
         """Phases 1 and 2: the states at the cuts; `outer` are those that enter sequences."""
         plan = self.plan
         states = torch.empty(plan.cuts_shape, dtype=torch.float32, device=b.device)
@@ -195,7 +197,7 @@ class _Launcher:
             first_piece=0,
             launched=plan.pieces,
             HAS_OUTER=outer is not None,
-            REVERSE=reverse,
+            REVERSE=self.reverse,
             **self.sizes(),
         )
         size = plan.head_dim**2
@@ -209,7 +211,7 @@ class _Launcher:
             plan.heads,
             STATE_SIZE=size,
             BLOCK=block,
-            REVERSE=reverse,
+            REVERSE=self.reverse,
             num_warps=4,
         )
         return states
@@ -224,7 +226,6 @@ class _Launcher:
         cuts: Tensor,
         leaving: Tensor | None,
         transposed: bool,
-        reverse: bool,
         fills_cuts: bool = False,
     ) -> Tensor:
         """Phase 3; `leaving`, if given, receives the states that leave sequences.
@@ -235,7 +236,7 @@ class _Launcher:
         pieces = range(self.plan.pieces)
         launches = [[0, len(pieces)]]
         if self.plan.in_turn:
-            launches = [[piece, 1] for piece in (reversed(pieces) if reverse else pieces)]
+            launches = [[piece, 1] for piece in (reversed(pieces) if self.reverse else pieces)]
         for first_piece, launched in launches:
             _run(
                 scan_kernel,
@@ -259,7 +260,7 @@ class _Launcher:
                 STORE_LEAVING=leaving is not None,
                 STORE_CUT=fills_cuts and self.plan.in_turn and len(pieces) > 1,
                 TRANSPOSED=transposed,
-                REVERSE=reverse,
+                REVERSE=self.reverse,
                 **self.sizes(),
             )
         return out
@@ -310,7 +311,7 @@ def _attend(
     plan = _make_plan(q, cu_seqlens, piece_tokens)
     launcher = _Launcher(plan, slopes, cu_seqlens)
     q, k, v = map(_addressable, (q, k, v))
-    states = launcher.cut_states(k, v, initial_state, reverse=False)
+    states = launcher.cut_states(k, v, initial_state)
     final = q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32)
     out = launcher.scan(
         q,
@@ -320,7 +321,6 @@ def _attend(
         cuts=states,
         leaving=final if output_final_state else None,
         transposed=False,
-        reverse=False,
         fills_cuts=True,
     )
     return out, final, states
@@ -373,10 +373,10 @@ def _attend_backward(
         cuts=states,
         leaving=None,
         transposed=True,
-        reverse=False,
     )
     # dk and dv scan one sequence of states, of which dk takes the transposes.
-    gradients = launcher.cut_states(q, d_out, d_final, reverse=True)
+    launcher = _Launcher(plan, slopes, cu_seqlens, reverse=True)
+    gradients = launcher.cut_states(q, d_out, d_final)
     dk = launcher.scan(
         v,
         d_out,
@@ -385,7 +385,6 @@ def _attend_backward(
         cuts=gradients,
         leaving=None,
         transposed=True,
-        reverse=True,
         fills_cuts=True,
     )
     dv = launcher.scan(
@@ -396,7 +395,6 @@ def _attend_backward(
         cuts=gradients,
         leaving=d_initial if has_initial else None,
         transposed=False,
-        reverse=True,
     )
     return dq, dk, dv, d_initial
 

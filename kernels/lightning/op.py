@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from fulmen.kernels.lightning.reference import chunked_lightning_attention
+from fulmen.kernels.registry import choose
+
+DTYPES = (torch.float32, torch.bfloat16)
+HEAD_DIMS = (16, 32, 64, 128, 256)
+"""Of the Triton kernels."""
 
 
 def lightning_attention(
@@ -50,7 +55,7 @@ def lightning_attention(
             f"got {tuple(initial_state.shape)}"
         )
 
-    if runs_triton(q):
+    if choose("lightning", ("triton", why_not_triton(q)), ("torch", "")) == "triton":
         from fulmen.kernels.lightning import launch
 
         return launch.triton_lightning_attention(
@@ -73,10 +78,12 @@ def lightning_attention(
     return torch.cat(outputs, dim=1), final_state
 
 
-def runs_triton(q: Tensor) -> bool:
-    """Whether the Triton kernels take this input: on a GPU, where they support its shape."""
+def why_not_triton(q: Tensor) -> str:
+    """Why the Triton kernels cannot take this input, or ""."""
     if not q.is_cuda:
-        return False
-    from fulmen.kernels.lightning import launch
-
-    return q.dtype in launch.DTYPES and q.shape[3] in launch.HEAD_DIMS
+        return "needs a CUDA tensor"
+    if q.dtype not in DTYPES:
+        return "needs bf16 or fp32"
+    if q.shape[3] not in HEAD_DIMS:
+        return "needs a head_dim that is a power of two from 16 to 256"
+    return ""

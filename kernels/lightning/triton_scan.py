@@ -10,7 +10,9 @@ reverse sums over `j >= i`. All four passes of training are that one function:
 none sees two documents; a device table lists them where the row is packed. A program owns (piece,
 head, slice of BLOCK_VALUES columns of c), a piece being a run of chunks, and goes over it with the
 state, fp32, in registers. At a document's first chunk the old state's weights are 0, so a boundary
-costs nothing but the part of a chunk that stays empty. The state and its products are kept
+costs nothing but the part of a chunk that stays empty. That part lies where the scan has not been
+yet: behind the document forward, before it in reverse; so what a chunk writes there is overwritten
+by the next one, and no store needs a mask. The state and its products are kept
 transposed: then all first operands of the tensor cores that are computed, not loaded, come from
 registers, and only the scores pass through shared memory. Tiles come and go through the copy
 engine (tensor descriptors), which also cuts off what lies behind the row.
@@ -91,7 +93,7 @@ def chunks_of(
 
 @triton.jit
 def chunk_at(chunks, index, row, tokens, BLOCK_TOKENS: tl.constexpr, PACKED: tl.constexpr):
-    """(first token, number of tokens, sequence, is its first, is its last) of a chunk."""
+    """(first row, number of tokens, sequence, is its first, is its last) of a chunk."""
     if PACKED:
         entry = chunks + 4 * index
         edges = tl.load(entry + 3)
@@ -101,6 +103,30 @@ def chunk_at(chunks, index, row, tokens, BLOCK_TOKENS: tl.constexpr, PACKED: tl.
         first = index * BLOCK_TOKENS
         count = tl.minimum(tokens - first, BLOCK_TOKENS)
         return first, count, row, index == 0, first + BLOCK_TOKENS >= tokens
+
+
+@triton.jit
+def rows_between(
+    chunks,
+    begin,
+    end,
+    tokens,
+    BLOCK_TOKENS: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """(first token, number of tokens) of a piece's chunks; at least one token."""
+    first = 0
+    behind = first + tokens
+    if PACKED:
+        last = tl.maximum(end - 1, begin)
+        first = tl.load(chunks + 4 * begin)
+        behind = tl.load(chunks + 4 * last) + BLOCK_TOKENS
+        if REVERSE:
+            first += BLOCK_TOKENS - tl.load(chunks + 4 * begin + 1)
+        else:
+            behind += tl.load(chunks + 4 * last + 1) - BLOCK_TOKENS
+    return first, tl.maximum(behind - first, 1)
 
 
 @triton.jit
@@ -125,12 +151,22 @@ def rows_of(
 
 
 @triton.jit
-def chunk_weights(log2_decay, token, count, REVERSE: tl.constexpr):
+def chunk_weights(
+    log2_decay,
+    token,
+    count,
+    BLOCK_TOKENS: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
     """(weight of the entering state, of each token in the leaving state, of old in new state)."""
-    to_start = tl.exp2(log2_decay * (token + 1).to(tl.float32))
+    if PACKED and REVERSE:  # the chunk's tokens are its last rows
+        token = token - (BLOCK_TOKENS - count)
+    is_real = (token >= 0) & (token < count)
+    to_start = tl.exp2(log2_decay * tl.maximum(token + 1, 0).to(tl.float32))
     to_end = tl.exp2(log2_decay * tl.maximum(count - 1 - token, 0).to(tl.float32))
-    to_start = tl.where(token < count, to_start, 0.0)
-    to_end = tl.where(token < count, to_end, 0.0)
+    to_start = tl.where(is_real, to_start, 0.0)
+    to_end = tl.where(is_real, to_end, 0.0)
     carry = tl.exp2(log2_decay * (count + 0.0))
     if REVERSE:
         return to_end, to_start, carry
@@ -170,30 +206,18 @@ def cut_before(row, piece, pieces, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def store_rows(out, stride, first, count, result):
-    """Writes a chunk's tokens; `out` points at the program's columns of the row's first token."""
-    token = tl.arange(0, result.shape[0])[:, None]
-    column = tl.arange(0, result.shape[1])[None, :]
-    tile = out + (first + token) * tl.cast(stride, tl.int64) + column
-    tl.store(tile, result, mask=token < count)
+def await_stores():
+    """Waits until what the copy engine was told to store has arrived, not only left."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], tl.int32, False, 1
+        )
 
 
 @triton.jit
-def chunk_output(
-    a_chunk,
-    b_chunk,
-    c_chunk,
-    state,
-    reach,
-    entering,
-    count,
-    token,
-    MASKED: tl.constexpr,
-):
-    """`out` of one chunk, transposed; `c_chunk` and `state` are, too. MASKED: b has rows behind."""
+def chunk_output(a_chunk, b_chunk, c_chunk, state, reach, entering):
+    """`out` of one chunk, transposed as `c_chunk` and `state` are."""
     scores = product(b_chunk, tl.trans(a_chunk), None) * reach
-    if MASKED:
-        scores = tl.where(token[:, None] < count, scores, 0.0)
     result = product(state.to(a_chunk.dtype), tl.trans(a_chunk), None) * entering[None, :]
     return product(c_chunk, scores.to(c_chunk.dtype), result)
 
@@ -206,6 +230,72 @@ def reach_of(log2_decay, token, REVERSE: tl.constexpr):
         distance = -distance
     reach = tl.exp2(log2_decay * tl.maximum(distance, 0).to(tl.float32))
     return tl.where(distance >= 0, reach, 0.0)
+
+
+@triton.jit
+def scan(
+    a_rows,
+    b_rows,
+    c_rows,
+    out_rows,
+    out_first,
+    state,
+    log2_decay,
+    outer_states,
+    leaving_states,
+    chunks,
+    begin,
+    end,
+    row,
+    tokens,
+    heads,
+    head,
+    column,
+    BLOCK_TOKENS: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    STORE_LEAVING: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Runs over the chunks of a piece, writes its outputs, returns the state that leaves it."""
+    block_values: tl.constexpr = state.shape[0]
+    head_dim: tl.constexpr = state.shape[1]
+    token = tl.arange(0, BLOCK_TOKENS)
+    reach = reach_of(log2_decay, token, REVERSE)
+    for step in range(end - begin):
+        index = end - 1 - step if REVERSE else begin + step
+        first, count, sequence, opens, closes = chunk_at(
+            chunks, index, row, tokens, BLOCK_TOKENS, PACKED
+        )
+        a_chunk = a_rows.load([first, 0])
+        b_chunk = b_rows.load([first, 0])
+        c_chunk = tl.trans(c_rows.load([first, 0]))
+        entering, leaving, carry = chunk_weights(
+            log2_decay, token, count, BLOCK_TOKENS, PACKED, REVERSE
+        )
+        if PACKED:
+            starts = closes if REVERSE else opens
+            if not HAS_OUTER:
+                entering = tl.where(starts, 0.0, entering)
+                carry = tl.where(starts, 0.0, carry)
+            elif starts:
+                tile = state_tile(
+                    outer_states, sequence, heads, head, column, head_dim, block_values, TRANSPOSED
+                )
+                state = tl.load(tile)
+        result = chunk_output(a_chunk, b_chunk, c_chunk, state, reach, entering)
+        if PACKED:
+            await_stores()
+        out_rows.store([first - out_first, 0], tl.trans(result).to(a_chunk.dtype))
+        weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
+        state = product(weighed, b_chunk, state * carry)
+        if STORE_LEAVING and PACKED and (opens if REVERSE else closes):
+            tile = state_tile(
+                leaving_states, sequence, heads, head, column, head_dim, block_values, TRANSPOSED
+            )
+            tl.store(tile, state)
+    return state
 
 
 RUNTIME_SIZES = [
@@ -261,13 +351,13 @@ def scan_kernel(
     a_rows = rows_of(a, a_strides, row, tokens, head, 0, BLOCK_TOKENS, HEAD_DIM)
     b_rows = rows_of(b, b_strides, row, tokens, head, 0, BLOCK_TOKENS, HEAD_DIM)
     c_rows = rows_of(c, c_strides, row, tokens, head, column, BLOCK_TOKENS, BLOCK_VALUES)
-    out_stride = heads * HEAD_DIM
-    out_strides = (tl.cast(tokens, tl.int64) * out_stride, out_stride, HEAD_DIM)
-    out_rows = rows_of(out, out_strides, row, tokens, head, column, BLOCK_TOKENS, BLOCK_VALUES)
-    out_columns = out + row * out_strides[0] + head * HEAD_DIM + column
-    token = tl.arange(0, BLOCK_TOKENS)
-    reach = reach_of(log2_decay, token, REVERSE)
-
+    out_strides = (tl.cast(tokens, tl.int64) * heads * HEAD_DIM, heads * HEAD_DIM, HEAD_DIM)
+    # What chunks write beside their tokens must not reach another program's.
+    out_first, out_length = rows_between(chunks, begin, end, tokens, BLOCK_TOKENS, PACKED, REVERSE)
+    out_start = out + out_first * tl.cast(out_strides[1], tl.int64)
+    out_rows = rows_of(
+        out_start, out_strides, row, out_length, head, column, BLOCK_TOKENS, BLOCK_VALUES
+    )
     state = tl.zeros([BLOCK_VALUES, HEAD_DIM], dtype=tl.float32)
     cut, is_inside = cut_before(row, piece, pieces, REVERSE)
     if IS_CUT:
@@ -280,41 +370,31 @@ def scan_kernel(
             outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
         )
         state += tl.load(tile, mask=is_inside == 0, other=0.0)
-    for step in range(end - begin):
-        index = end - 1 - step if REVERSE else begin + step
-        first, count, sequence, opens, closes = chunk_at(
-            chunks, index, row, tokens, BLOCK_TOKENS, PACKED
-        )
-        a_chunk = a_rows.load([first, 0])
-        b_chunk = b_rows.load([first, 0])
-        c_chunk = tl.trans(c_rows.load([first, 0]))
-        entering, leaving, carry = chunk_weights(log2_decay, token, count, REVERSE)
-        if PACKED:
-            starts = closes if REVERSE else opens
-            if not HAS_OUTER:
-                entering = tl.where(starts, 0.0, entering)
-                carry = tl.where(starts, 0.0, carry)
-            elif starts:
-                tile = state_tile(
-                    outer_states, sequence, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
-                )
-                state = tl.load(tile)
-        result = chunk_output(
-            a_chunk, b_chunk, c_chunk, state, reach, entering, count, token, PACKED and REVERSE
-        )
-        result = tl.trans(result).to(a_chunk.dtype)
-        if PACKED:
-            # The copy engine would also write the next document's tokens.
-            store_rows(out_columns, out_stride, first, count, result)
-        else:
-            out_rows.store([first, 0], result)
-        weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
-        state = product(weighed, b_chunk, state * carry)
-        if STORE_LEAVING and PACKED and (opens if REVERSE else closes):
-            tile = state_tile(
-                leaving_states, sequence, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
-            )
-            tl.store(tile, state)
+    state = scan(
+        a_rows,
+        b_rows,
+        c_rows,
+        out_rows,
+        out_first,
+        state,
+        log2_decay,
+        outer_states,
+        leaving_states,
+        chunks,
+        begin,
+        end,
+        row,
+        tokens,
+        heads,
+        head,
+        column,
+        BLOCK_TOKENS,
+        PACKED,
+        HAS_OUTER,
+        STORE_LEAVING,
+        TRANSPOSED,
+        REVERSE,
+    )
     cut, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
     if STORE_CUT:
         tile = state_tile(cut_states, cut, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED)
@@ -383,7 +463,9 @@ def local_state_kernel(
             )
             b_chunk = b_rows.load([first, 0])
             c_chunk = tl.trans(c_rows.load([first, 0]))
-            _entering, leaving, carry = chunk_weights(log2_decay, token, count, REVERSE)
+            _entering, leaving, carry = chunk_weights(
+                log2_decay, token, count, BLOCK_TOKENS, PACKED, REVERSE
+            )
             starts = closes if REVERSE else opens
             decay = tl.where(starts, 0.0, decay * carry)
             if HAS_OUTER:
@@ -441,11 +523,13 @@ def chunk_table_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
     BLOCK_SEQUENCES: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
-    """`chunks[n] = (first token, tokens, sequence, is first + 2 * is last)` of a packed row.
+    """`chunks[n] = (first row, tokens, sequence, is first + 2 * is last)` of a packed row.
 
-    `chunks[num_entries, 0]` is their number; entries between are not written. An empty document has
-    one (empty) chunk, so that its state passes through.
+    A document's last chunk may hold fewer tokens than rows, in REVERSE its first: there its tokens
+    are the chunk's last rows. `chunks[num_entries, 0]` is their number; entries between are not
+    written. An empty document has one (empty) chunk, so that its state passes through.
     """
     entry = tl.program_id(0) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
     sequence = tl.zeros([BLOCK_ENTRIES], dtype=tl.int32)
@@ -465,12 +549,18 @@ def chunk_table_kernel(
     used = sequence < num_sequences
     begin = tl.load(cu_seqlens + sequence, mask=used, other=0)
     end = tl.load(cu_seqlens + sequence + 1, mask=used, other=0)
-    first = begin + (entry - first_of) * BLOCK_TOKENS
-    is_last = first + BLOCK_TOKENS >= end
+    before_it = entry - first_of
+    behind_it = tl.maximum(tl.cdiv(end - begin, BLOCK_TOKENS), 1) - 1 - before_it
+    if REVERSE:
+        first = end - (behind_it + 1) * BLOCK_TOKENS
+        count = tl.minimum(first + BLOCK_TOKENS - begin, BLOCK_TOKENS)
+    else:
+        first = begin + before_it * BLOCK_TOKENS
+        count = tl.minimum(end - first, BLOCK_TOKENS)
+    edges = (before_it == 0).to(tl.int32) + 2 * (behind_it == 0).to(tl.int32)
     tl.store(chunks + 4 * entry, first, mask=used)
-    tl.store(chunks + 4 * entry + 1, tl.minimum(end - first, BLOCK_TOKENS), mask=used)
+    tl.store(chunks + 4 * entry + 1, count, mask=used)
     tl.store(chunks + 4 * entry + 2, sequence, mask=used)
-    edges = (entry == first_of).to(tl.int32) + 2 * is_last.to(tl.int32)
     tl.store(chunks + 4 * entry + 3, edges, mask=used)
     if tl.program_id(0) == 0:
         tl.store(chunks + 4 * num_entries, before)

@@ -1,7 +1,6 @@
-"""The experts as one op around two kinds of grouped products, with nothing between them twice.
+"""The experts as one op: nine grouped products, and what lies between them written by hand.
 
-Memory passes beside the products, in tensors of M rows (h hidden, f inner), each read or written
-once:
+Memory passes beside the products, in tensors of M rows (h hidden, f inner numbers a row):
 
     forward    SwiGLU reads gate and up, writes the inner rows             3 f
     backward   SwiGLU reads its gradient, gate and up, writes the

@@ -8,8 +8,8 @@ stable, and no atomics are used.
 **Rows.** A program owns a token and its k rows, so that what is per token moves once. Memory floor,
 with x the size of the tokens: permute reads x and writes k x; its gradient (`unpermute_kernel`
 without weights) the other way round; unpermute reads k x and writes x; its gradient reads k x and x
-and writes k x. A chunk of TILE_SIZE numbers (8 KiB of bf16, four 16-byte loads a thread) is in
-flight per program, and at least 8 programs share a multiprocessor: 64 KiB.
+and writes k x. A program has 4 to 12 KiB of what it reads in flight, in 16-byte loads, and 8 to 16
+programs share a multiprocessor (32 to 64 registers a thread): at least 64 KiB.
 """
 
 # Kernels carry no Python types; their launchers do.

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fulmen.kernels.rope import rope
 from fulmen.models.config import ModelConfig, MoEConfig, check_model
 from fulmen.models.hf import released_layout
 from fulmen.models.init import BLOCK_ELEMENTS, init_model, init_rows, init_std
-from fulmen.models.layers import Cache, apply_rope, decay_slopes, rope_tables
+from fulmen.models.layers import Cache, decay_slopes, rope_tables
 from fulmen.models.moe import MoE
 from fulmen.models.text import LossOutput, TextModel, count_active_parameters, count_parameters
 
@@ -89,7 +90,7 @@ def test_partial_rope(rotary_dim: int, theta: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 5, 2, head_dim, generator=generator, dtype=torch.float64)
     positions = torch.tensor([0, 1, 2, 77, 8191])
-    rotated = apply_rope(x, *rope_tables(positions, rotary_dim, theta))
+    rotated = rope(x, *rope_tables(positions, rotary_dim, theta))
     for t, position in enumerate(positions.tolist()):
         for head in range(2):
             want = rotate_by_hand(x[0, t, head], position, rotary_dim, theta)
