@@ -1,7 +1,7 @@
 """Speed of fulmen's kernels beside torch, torch.compile, fla, Liger and quack, and the chip's own.
 
     python benchmarks/kernels.py [ops=[norm,rope]] [lengths=[32768]] [rivals=false] output=DIR
-    python benchmarks/kernels.py ops=[lightning] rivals=false tile=[64,64,4,4,2] piece_tokens=0
+    python benchmarks/kernels.py ops=[lightning] rivals=false tile=[64,64,4,3] piece_tokens=0
 
 The second form tries another cut of lightning attention's work. A provider's output and gradients
 are checked first, in the same run, against fp64 on a part of the rows or heads; one that fails gets

@@ -6,56 +6,12 @@ The choice is logged once. `kernels.<op>=<implementation>` in a run's configurat
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 
 import torch
 
+from fulmen.kernels.config import AUTO, IMPLEMENTATIONS
+
 log = logging.getLogger("fulmen.kernels")
-
-AUTO = "auto"
-
-
-@dataclass
-class KernelsConfig:
-    """The `kernels` group: implementation of each op; auto = the best that the machine has."""
-
-    lightning: str = AUTO
-    """Lightning attention: triton or torch."""
-    attention: str = AUTO
-    """Softmax attention: flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen, cudnn, or sdpa."""
-    silu_qkv: str = AUTO
-    """SiLU on q, k and v with the split by head: triton or torch."""
-    norm: str = AUTO
-    """RMSNorm, alone or with the DeepNorm residual: triton or torch."""
-    gated_norm: str = AUTO
-    """RMSNorm times sigmoid gate: triton or torch."""
-    rope: str = AUTO
-    """Rotary embedding: triton or torch."""
-    swiglu: str = AUTO
-    """SiLU of the gate times the up projection: triton or torch."""
-    router: str = AUTO
-    """Softmax over experts, top-k, counts: triton or torch."""
-    permute: str = AUTO
-    """Rows to expert order and their weighted sum back: triton or torch."""
-    grouped_gemm: str = AUTO
-    """Products of each expert's rows with its matrix: grouped_mm, triton, or torch (a loop)."""
-    cross_entropy: str = AUTO
-    """Head and cross entropy: triton or torch."""
-
-
-_OURS = ("triton", "torch")
-IMPLEMENTATIONS = {item.name: _OURS for item in fields(KernelsConfig)} | {
-    "attention": (
-        "flash_attn_4",
-        "flash_attn_3",
-        "flash_attn_2",
-        "torch_varlen",
-        "cudnn",
-        "sdpa",
-    ),
-    "grouped_gemm": ("grouped_mm", "triton", "torch"),
-}
-"""What each op can be asked to run on."""
 
 # One process trains one model: what was asked for, and what was already logged, hold for all of it.
 _overrides: dict[str, str] = {}
@@ -86,7 +42,7 @@ def choose(op: str, *candidates: tuple[str, str]) -> str:
     """Name of the implementation to run.
 
     Args:
-        op: a name of OPS.
+        op: a name of IMPLEMENTATIONS.
         candidates: (implementation, why it cannot take this call or ""), best first.
 
     Raises:

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "docs/training.md", "docs/data.md", "docs/huggingface.md"]
+DOCUMENTS = [
+    "README.md",
+    "docs/training.md",
+    "docs/kernels.md",
+    "docs/data.md",
+    "docs/huggingface.md",
+]
 # `make test` is what runs this.
 LEFT_OUT = ["make test"]
 # What makes any recipe small enough for two busy cores.
@@ -109,7 +115,8 @@ def test_every_command_runs(checkout: Path) -> None:
 
 @pytest.mark.fast
 def test_links_lead_somewhere() -> None:
-    for document in DOCUMENTS + ["docs/metrics.md", "docs/performance.md"]:
+    others = [str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*/README.md")]
+    for document in [*DOCUMENTS, *others, "docs/metrics.md", "docs/performance.md"]:
         text = (ROOT / document).read_text()
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"

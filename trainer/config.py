@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from omegaconf import MISSING, OmegaConf
 
 from fulmen.data.config import DataConfig
-from fulmen.kernels.registry import KernelsConfig
+from fulmen.kernels.config import KernelsConfig
 from fulmen.models.config import ModelConfig, MoEConfig, check_model
 from fulmen.parallel.config import ParallelConfig, check_parallel
 from fulmen.trainer.metrics import LogConfig

@@ -152,7 +152,7 @@ def truth_of(case: Case, device: torch.device, dtype: torch.dtype) -> list[Expec
     except Exception as error:
         return f"no truth: {explain(error)}"
     finally:
-        registry.configure(dict.fromkeys(registry.OPS, registry.AUTO))
+        registry.configure(dict.fromkeys(registry.IMPLEMENTATIONS, registry.AUTO))
 
 
 def run_job(
@@ -177,7 +177,7 @@ def run_job(
     except Exception as error:
         return {"failed": explain(error)}
     finally:
-        registry.configure(dict.fromkeys(registry.OPS, registry.AUTO))
+        registry.configure(dict.fromkeys(registry.IMPLEMENTATIONS, registry.AUTO))
 
 
 def explain(error: Exception) -> str:

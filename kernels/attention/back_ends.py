@@ -73,9 +73,9 @@ def why_not(
     device_index: int | None,
     dtype: torch.dtype,
     head_dim: int,
-    is_large: bool = False,
+    size: str = "",
 ) -> str:
-    """Why a back end cannot take such tensors, or ""; large are 2^31 numbers and more."""
+    """Why a back end cannot take such tensors, or ""; size is "large" from 2^31 numbers on."""
     if name == "sdpa":
         return ""
     problem = _import_problem(name) if name in PACKAGES else ""
@@ -94,7 +94,7 @@ def why_not(
         return "torch was built without flash attention"
     if name == "cudnn" and not torch.backends.cudnn.is_available():
         return "torch was built without cuDNN"
-    if name == "cudnn" and is_large:
+    if name == "cudnn" and size == "large":
         return "needs fewer than 2^31 numbers a tensor"
     if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic"

@@ -58,8 +58,9 @@ def softmax_attention(
         lengths_known=host_cu_seqlens is not None and not host_cu_seqlens.is_cuda,
         compiling=torch.compiler.is_compiling(),
     )
-    is_large = q.numel() >= 2**31
-    facts = (q.device.type, q.device.index, q.dtype, q.shape[3], is_large)
+    # A constant for the compiler, which guards the comparison.
+    size = "large" if q.numel() >= 2**31 else ""
+    facts = (q.device.type, q.device.index, q.dtype, q.shape[3], size)
     name = choose("attention", *[(name, why_not(name, *facts)) for name in names])
     if name in ("cudnn", "sdpa"):
         return attend_with_sdpa(q, k, v, host_cu_seqlens, cudnn=name == "cudnn")

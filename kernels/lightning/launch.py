@@ -25,8 +25,8 @@ SHORTEST_PIECE = 8
 FULL_ENOUGH = 0.75
 """Share of the multiprocessors that programs must fill before rows are left whole."""
 WINDOW_TOKENS = 32768
-"""Longest piece. Programs drift apart along a row, until the slices of a head no longer find each
-other's tiles in L2; a new launch brings them together."""
+"""Length of a piece of a long row, about. Programs drift apart along a row, until the slices of a
+head no longer find each other's tiles in L2; a new launch brings them together."""
 PROCESSORS_WITHOUT_GPU = 8
 """The interpreter's chip."""
 CARRY_BLOCK = 1024
@@ -119,13 +119,14 @@ def _make_plan(q: Tensor, cu_seqlens: Tensor | None, piece_tokens: int) -> Plan:
     else:
         num_sequences = cu_seqlens.shape[0] - 1
         chunks = tokens // tile.block_tokens + num_sequences
-    window = WINDOW_TOKENS // tile.block_tokens
     if piece_tokens:
         piece_chunks, in_turn = piece_tokens // tile.block_tokens, False
     else:
         programs = batch * heads * (head_dim // tile.block_values)
         pieces = choose_num_pieces(chunks, programs, _num_processors(q.device))
-        piece_chunks, in_turn = min(-(-chunks // pieces), window), pieces == 1
+        in_turn = pieces == 1
+        windows = (chunks * tile.block_tokens + WINDOW_TOKENS // 2) // WINDOW_TOKENS
+        piece_chunks = -(-chunks // max(pieces, windows, 1))
     piece_chunks = min(chunks, piece_chunks)
     return Plan(tile, batch, tokens, heads, head_dim, num_sequences, chunks, piece_chunks, in_turn)
 
@@ -232,10 +233,14 @@ class _Launcher:
 
         `fills_cuts`: where pieces run in turn, nobody has filled `cuts` yet.
         """
-        out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
         pieces = range(self.plan.pieces)
+        in_turn = self.plan.in_turn or len(pieces) == 1
+        is_padded = self.packed and self.reverse and in_turn
+        padding = self.plan.tile.block_tokens * a.shape[2] * a.shape[3] if is_padded else 0
+        out = torch.empty(padding + a.numel(), dtype=a.dtype, device=a.device)
+        out = out[padding:].view(a.shape)
         launches = [[0, len(pieces)]]
-        if self.plan.in_turn:
+        if in_turn:
             launches = [[piece, 1] for piece in (reversed(pieces) if self.reverse else pieces)]
         for first_piece, launched in launches:
             _run(
@@ -258,8 +263,9 @@ class _Launcher:
                 HAS_OUTER=outer is not None,
                 IS_CUT=len(pieces) > 1,
                 STORE_LEAVING=leaving is not None,
-                STORE_CUT=fills_cuts and self.plan.in_turn and len(pieces) > 1,
+                STORE_CUT=fills_cuts and in_turn and len(pieces) > 1,
                 TRANSPOSED=transposed,
+                PADDED=is_padded,
                 REVERSE=self.reverse,
                 **self.sizes(),
             )

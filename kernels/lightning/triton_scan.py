@@ -113,12 +113,13 @@ def rows_between(
     tokens,
     BLOCK_TOKENS: tl.constexpr,
     PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """(first token, number of tokens) of a piece's chunks; at least one token."""
-    first = 0
-    behind = first + tokens
-    if PACKED:
+    """(first, number) of the rows that a piece may write; at least one."""
+    first = -BLOCK_TOKENS if PADDED else 0
+    behind = begin * 0 + tokens
+    if PACKED and not PADDED:
         last = tl.maximum(end - 1, begin)
         first = tl.load(chunks + 4 * begin)
         behind = tl.load(chunks + 4 * last) + BLOCK_TOKENS
@@ -215,6 +216,14 @@ def await_stores():
 
 
 @triton.jit
+def store_tail(out, stride, first, result):
+    """Writes the rows of a chunk that are not before the first, at which `out` points."""
+    row = first + tl.arange(0, result.shape[0])[:, None]
+    tile = out + row * tl.cast(stride, tl.int64) + tl.arange(0, result.shape[1])[None, :]
+    tl.store(tile, result, mask=row >= 0)
+
+
+@triton.jit
 def chunk_output(a_chunk, b_chunk, c_chunk, state, reach, entering):
     """`out` of one chunk, transposed as `c_chunk` and `state` are."""
     scores = product(b_chunk, tl.trans(a_chunk), None) * reach
@@ -238,6 +247,8 @@ def scan(
     b_rows,
     c_rows,
     out_rows,
+    out_columns,
+    out_stride,
     out_first,
     state,
     log2_decay,
@@ -256,6 +267,7 @@ def scan(
     HAS_OUTER: tl.constexpr,
     STORE_LEAVING: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    PADDED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Runs over the chunks of a piece, writes its outputs, returns the state that leaves it."""
@@ -287,7 +299,17 @@ def scan(
         result = chunk_output(a_chunk, b_chunk, c_chunk, state, reach, entering)
         if PACKED:
             await_stores()
-        out_rows.store([first - out_first, 0], tl.trans(result).to(a_chunk.dtype))
+        # An empty document's chunk has no row of its own: what it computed goes where none is.
+        place = tl.where(count == 0, tokens + BLOCK_TOKENS, first - out_first)
+        result = tl.trans(result).to(a_chunk.dtype)
+        if PACKED and REVERSE and not PADDED:
+            # The copy engine cuts off what lies behind its rows, but takes no place before them.
+            if place >= 0:
+                out_rows.store([place, 0], result)
+            else:
+                store_tail(out_columns, out_stride, place, result)
+        else:
+            out_rows.store([place, 0], result)
         weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
         state = product(weighed, b_chunk, state * carry)
         if STORE_LEAVING and PACKED and (opens if REVERSE else closes):
@@ -334,6 +356,7 @@ def scan_kernel(
     STORE_LEAVING: tl.constexpr,
     STORE_CUT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    PADDED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Phase 3. Grid: rows x launched pieces x heads x slices, the slices fastest.
@@ -341,7 +364,8 @@ def scan_kernel(
     `out` is contiguous. `outer_states`, one per sequence, enter its first chunk in the order of the
     scan (zero unless HAS_OUTER); `cut_states` [rows, pieces - 1] enter pieces, and with STORE_CUT
     receive what leaves them; `leaving_states`, one per sequence, are written after its last chunk
-    if STORE_LEAVING. TRANSPOSED: memory holds the transposes of the scan's states.
+    if STORE_LEAVING. TRANSPOSED: memory holds the transposes of the scan's states. PADDED: a
+    chunk's worth of rows before `out` may be written, and pieces run in turn.
     """
     row, piece, head, column = share_of(
         tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
@@ -353,7 +377,9 @@ def scan_kernel(
     c_rows = rows_of(c, c_strides, row, tokens, head, column, BLOCK_TOKENS, BLOCK_VALUES)
     out_strides = (tl.cast(tokens, tl.int64) * heads * HEAD_DIM, heads * HEAD_DIM, HEAD_DIM)
     # What chunks write beside their tokens must not reach another program's.
-    out_first, out_length = rows_between(chunks, begin, end, tokens, BLOCK_TOKENS, PACKED, REVERSE)
+    out_first, out_length = rows_between(
+        chunks, begin, end, tokens, BLOCK_TOKENS, PACKED, PADDED, REVERSE
+    )
     out_start = out + out_first * tl.cast(out_strides[1], tl.int64)
     out_rows = rows_of(
         out_start, out_strides, row, out_length, head, column, BLOCK_TOKENS, BLOCK_VALUES
@@ -375,6 +401,8 @@ def scan_kernel(
         b_rows,
         c_rows,
         out_rows,
+        out_start + row * out_strides[0] + head * HEAD_DIM + column,
+        out_strides[1],
         out_first,
         state,
         log2_decay,
@@ -393,6 +421,7 @@ def scan_kernel(
         HAS_OUTER,
         STORE_LEAVING,
         TRANSPOSED,
+        PADDED,
         REVERSE,
     )
     cut, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
