@@ -80,4 +80,6 @@ def decay_slopes(num_heads: int, layer: int, num_layers: int, device: torch.devi
     """
     factor = 1 - layer / max(num_layers - 1, 1) + 1e-5
     slopes = [2.0 ** (-8 * (head + 1) / num_heads) * factor for head in range(num_heads)]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
+    # Kept beyond this call: what inference mode makes could not be used in training any more.
+    with torch.inference_mode(False):
+        return torch.tensor(slopes, dtype=torch.float32, device=device)

@@ -286,7 +286,10 @@ def _addressable(x: Tensor) -> Tensor:
     """
     unit = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(n > 0 and n % unit == 0 for n in _strides(x))
-    return x if aligned and x.stride(3) == 1 else x.contiguous()
+    if aligned and x.stride(3) == 1:
+        return x
+    # Not `contiguous`: where only the address or the stride of a single row is odd, it copies nothing.
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

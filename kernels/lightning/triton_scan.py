@@ -207,11 +207,21 @@ def cut_before(row, piece, pieces, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def await_stores():
-    """Waits until what the copy engine was told to store has arrived, not only left."""
+def await_stores(condition):
+    """Waits, if so, until what the copy engine was told to store has arrived, not only left."""
     if not INTERPRETED:
         tl.inline_asm_elementwise(
-            "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], tl.int32, False, 1
+            """{
+            .reg .pred waits;
+            setp.ne.u32 waits, $1, 0;
+            @waits cp.async.bulk.wait_group 0;
+            mov.b32 $0, 0;
+            }""",
+            "=r,r",
+            [condition.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
 
 
@@ -298,7 +308,9 @@ def scan(
                 state = tl.load(tile)
         result = chunk_output(a_chunk, b_chunk, c_chunk, state, reach, entering)
         if PACKED:
-            await_stores()
+            # The last document's last chunk may have written over this one's rows. Its other
+            # chunks follow full ones.
+            await_stores(starts)
         # An empty document's chunk has no row of its own: what it computed goes where none is.
         place = tl.where(count == 0, tokens + BLOCK_TOKENS, first - out_first)
         result = tl.trans(result).to(a_chunk.dtype)

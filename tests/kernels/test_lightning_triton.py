@@ -376,6 +376,21 @@ def test_addresses_of_a_million_tokens(piece_tokens: int, monkeypatch: pytest.Mo
 
 
 @pytest.mark.fast
+def test_tile_loads_get_aligned_rows() -> None:
+    """Also where torch calls a tensor contiguous: an odd address, an odd stride of a single row."""
+    shape = (1, 5, 2, 16)
+    odd_address = torch.zeros(1 + 160, dtype=torch.bfloat16)[1:].view(shape)
+    odd_stride = torch.zeros(64, dtype=torch.bfloat16).as_strided((1, 1, 2, 16), (32, 1, 16, 1))
+    for x in (odd_address, odd_stride):
+        assert x.is_contiguous()
+        ready = launch._addressable(x)
+        assert ready.data_ptr() % 16 == 0
+        assert not any(stride % 8 for stride in ready.stride()[:3])
+    plain = torch.zeros(shape, dtype=torch.bfloat16)
+    assert launch._addressable(plain) is plain
+
+
+@pytest.mark.fast
 def test_the_plan_fills_the_chip() -> None:
     def choose(tokens: int, heads: int, batch: int = 1) -> int:
         programs = batch * heads * 128 // choose_tile(torch.bfloat16, 128).block_values

@@ -364,6 +364,12 @@ def test_text01_has_the_released_keys(text01: TextModel) -> None:
 
 
 @pytest.mark.fast
+def test_slopes_made_for_inference_serve_training() -> None:
+    with torch.inference_mode():
+        slopes = decay_slopes(2, 5, 7, torch.device("cpu"))
+    assert not slopes.is_inference()
+
+
 def test_decay_slopes_are_the_released_ones() -> None:
     """Figures from reference/minimax01.md, 1.4: reach 1 / slope of the fastest and slowest head."""
     cpu = torch.device("cpu")
