@@ -288,7 +288,7 @@ def _addressable(x: Tensor) -> Tensor:
     aligned = x.data_ptr() % 16 == 0 and all(n > 0 and n % unit == 0 for n in _strides(x))
     if aligned and x.stride(3) == 1:
         return x
-    # Not `contiguous`: where only the address or the stride of a single row is odd, it copies nothing.
+    # Not `contiguous`, which copies nothing where an address or a single row's stride is odd.
     return x.clone(memory_format=torch.contiguous_format)
 
 

@@ -370,6 +370,7 @@ def test_slopes_made_for_inference_serve_training() -> None:
     assert not slopes.is_inference()
 
 
+@pytest.mark.fast
 def test_decay_slopes_are_the_released_ones() -> None:
     """Figures from reference/minimax01.md, 1.4: reach 1 / slope of the fastest and slowest head."""
     cpu = torch.device("cpu")
