@@ -4,11 +4,12 @@
 #     bash benchmarks/gpu_session.sh [tests] [large] [losses] [kernels] [rivals] [steps]
 #
 # Without names it runs all, which takes about 25 minutes. Results go to the folder $OUT, all output
-# to $OUT/session.log. Wheels that the machine lacks lie in .whl, prepared data in
+# to $OUT/session.log; the exit status tells whether every stage went well. Wheels that the machine lacks lie in .whl, prepared data in
 # data_cache/stdlib; both are optional.
 set -uo pipefail
 out=${OUT:-gpu_results}
 mkdir -p "$out" /tmp/rooms/fulmen
+rm -f "$out/FAILED"
 if ls .whl/*.whl >/dev/null 2>&1; then
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl
 fi
@@ -23,6 +24,7 @@ run() { # name, seconds, command, lines to show
     local status=$?
     { echo "== $1: exit $status"; cat "$log"; } >>"$out/session.log"
     echo "== $1: exit $status"
+    [ $status -eq 0 ] || touch "$out/FAILED"
     grep -v -i warn "$log" | tail -n "${4:-6}" | cut -c1-400
 }
 pytest="python3 -m pytest -m gpu -q -p no:cacheprovider"
@@ -49,4 +51,4 @@ steps() {
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 [ $# -gt 0 ] || set -- tests large losses kernels rivals steps
 for stage in "$@"; do "$stage"; done
-exit 0
+[ ! -e "$out/FAILED" ]

@@ -62,5 +62,11 @@ def choose(op: str, *candidates: tuple[str, str]) -> str:
         name = usable[0]
     if (op, name) not in _logged:
         _logged.add((op, name))
-        log.info("kernels: %s runs on %s%s", op, name, " (configured)" if wanted else "")
+        better = candidates[: [candidate for candidate, _ in candidates].index(name)]
+        passed = [f"{other} {why}" for other, why in better if not why.startswith("needs a CUDA")]
+        if name == "torch" and passed and not wanted:
+            # Where it would run but for a size or a type, the reference is many times slower.
+            log.warning("kernels: %s runs on torch: %s", op, "; ".join(passed))
+        else:
+            log.info("kernels: %s runs on %s%s", op, name, " (configured)" if wanted else "")
     return name

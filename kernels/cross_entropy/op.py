@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fulmen.kernels.common import why_not_triton
 from fulmen.kernels.cross_entropy.reference import IGNORE_INDEX, chunked_linear_cross_entropy
 from fulmen.kernels.registry import choose
 
@@ -42,9 +43,7 @@ def linear_cross_entropy(
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"linear_cross_entropy: labels must be int64, got {labels.dtype}")
-    fits = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float32)
-    reason = "" if fits else "needs CUDA tensors in bf16 or fp32"
-    if choose("cross_entropy", ("triton", reason), ("torch", "")) == "triton":
+    if choose("cross_entropy", ("triton", why_not_triton(hidden, weight)), ("torch", "")) == "triton":
         from fulmen.kernels.cross_entropy.triton_cross_entropy import triton_linear_cross_entropy
 
         return triton_linear_cross_entropy(hidden, weight, labels, z_loss=z_loss)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fulmen.kernels.common import accumulation_dtype
+
 IGNORE_INDEX = -100
 
 
@@ -28,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, rows: int
     ) -> Tensor:
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        accumulate = accumulation_dtype(hidden)
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = (

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from fulmen.kernels.common import why_not_triton
 from fulmen.kernels.gated_norm.reference import gated_rms_norm_reference
-from fulmen.kernels.norm.plan import why_not_triton
+from fulmen.kernels.norm.plan import check_weight, unsupported
 from fulmen.kernels.registry import choose
 
 
@@ -22,12 +23,9 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
             "gated_rms_norm: x and gate must share shape and dtype, got "
             f"{tuple(x.shape)} {x.dtype} and {tuple(gate.shape)} {gate.dtype}"
         )
-    if x.dim() == 0 or x.shape[-1] == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            "gated_rms_norm: weight must be [hidden], the last dim of the input, got "
-            f"{tuple(weight.shape)} for {tuple(x.shape)}"
-        )
-    if choose("gated_norm", ("triton", why_not_triton(x, weight)), ("torch", "")) == "triton":
+    check_weight("gated_rms_norm", x, weight)
+    reason = why_not_triton(x, weight) or unsupported(x, weight)
+    if choose("gated_norm", ("triton", reason), ("torch", "")) == "triton":
         from fulmen.kernels.gated_norm.triton_gated_norm import triton_gated_rms_norm
 
         return triton_gated_rms_norm(x, gate, weight, eps)

@@ -16,14 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fulmen.kernels.norm.plan import (
-    BACKWARD_WARPS_PER_PROCESSOR,
-    FORWARD_WARPS_PER_PROCESSOR,
-    as_rows,
-    make_plan,
-    unsupported,
+from fulmen.kernels.norm.plan import unsupported
+from fulmen.kernels.norm.triton_rows import (
+    load_row,
+    new_gradients,
+    new_output,
+    run_backward,
+    run_forward,
+    store_piece,
+    zero_row,
 )
-from fulmen.kernels.norm.triton_rows import load_row, store_piece, sum_over_programs, zero_row
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -124,35 +126,12 @@ def backward_kernel(
 @torch.library.custom_op("fulmen::gated_norm", mutates_args=())
 def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Output, and 1/rms `[rows]` fp32 for the backward pass."""
-    x_rows, gate_rows = as_rows(x), as_rows(gate)
-    rows, hidden = x_rows.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inverse_rms = torch.empty(rows, dtype=torch.float32, device=x.device)
-    plan = make_plan(x_rows, num_inputs=2, warps_per_processor=FORWARD_WARPS_PER_PROCESSOR)
-    if rows:
-        with torch.cuda.device_of(x):
-            forward_kernel[(plan.programs,)](
-                x_rows,
-                gate_rows,
-                weight.contiguous(),
-                out,
-                inverse_rms,
-                x_rows.stride(0),
-                gate_rows.stride(0),
-                rows,
-                eps,
-                HIDDEN=hidden,
-                **plan.options(),
-            )
-    return out, inverse_rms
+    return run_forward(forward_kernel, x, gate, weight, eps)
 
 
 @_gated_norm.register_fake
 def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device),
-    )
+    return new_output(x)
 
 
 @torch.library.custom_op("fulmen::gated_norm_backward", mutates_args=())
@@ -160,38 +139,15 @@ def _gated_norm_backward(
     d_out: Tensor, x: Tensor, gate: Tensor, weight: Tensor, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gate and weight."""
-    d_out_rows, x_rows, gate_rows = as_rows(d_out), as_rows(x), as_rows(gate)
-    rows, hidden = x_rows.shape
-    d_x, d_gate = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    plan = make_plan(x_rows, num_inputs=3, warps_per_processor=BACKWARD_WARPS_PER_PROCESSOR)
-    d_weights = torch.empty(plan.programs, hidden, dtype=torch.float32, device=x.device)
-    if rows:
-        with torch.cuda.device_of(x):
-            backward_kernel[(plan.programs,)](
-                d_out_rows,
-                x_rows,
-                gate_rows,
-                weight.contiguous(),
-                inverse_rms,
-                d_x,
-                d_gate,
-                d_weights,
-                d_out_rows.stride(0),
-                x_rows.stride(0),
-                gate_rows.stride(0),
-                rows,
-                HIDDEN=hidden,
-                **plan.options(),
-            )
-    return d_x, d_gate, sum_over_programs(d_weights, weight.dtype)
+    return run_backward(backward_kernel, d_out, x, gate, weight, inverse_rms)
 
 
 @_gated_norm_backward.register_fake
 def _(
     d_out: Tensor, x: Tensor, gate: Tensor, weight: Tensor, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_x, d_gate = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    return d_x, d_gate, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    d_x, d_gate = new_gradients(x, gate)
+    return d_x, d_gate, weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

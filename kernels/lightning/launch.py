@@ -13,17 +13,15 @@ import triton
 from torch import Tensor
 
 from fulmen.kernels.lightning.op import DTYPES, HEAD_DIMS
-from fulmen.kernels.lightning.triton_scan import (
-    carry_kernel,
-    chunk_table_kernel,
-    local_state_kernel,
-    scan_kernel,
-)
+from fulmen.kernels.lightning.triton_chunks import chunk_table_kernel
+from fulmen.kernels.lightning.triton_scan import carry_kernel, local_state_kernel, scan_kernel
 
 SHORTEST_PIECE = 8
 """Chunks. A piece's state costs as much traffic as two chunks' k and v."""
-FULL_ENOUGH = 0.75
-"""Share of the multiprocessors that programs must fill before rows are left whole."""
+CUTTING_COST = 1.2
+"""Time of a cut row over that of a whole one, at equal use of the chip: phases 1 and 2."""
+MOST_WAVES = 4
+"""Programs over multiprocessors, at most, if rows are cut. A multiprocessor holds one program."""
 WINDOW_TOKENS = 32768
 """Length of a piece of a long row, about. Programs drift apart along a row, until the slices of a
 head no longer find each other's tiles in L2; a new launch brings them together."""
@@ -58,15 +56,15 @@ def choose_tile(dtype: torch.dtype, head_dim: int) -> Tile:
 def choose_num_pieces(chunks: int, programs: int, num_processors: int) -> int:
     """Pieces of a row of `chunks` that run side by side; `programs` would run were it left whole.
 
-    They give each multiprocessor a program, or two if one each would leave many idle.
+    The number with which the waves of programs are soonest done; the fewest pieces, if several.
     """
-    enough = FULL_ENOUGH * num_processors
-    if programs >= enough:
-        return 1
-    pieces = num_processors // max(1, programs)
-    if pieces * programs < enough:
-        pieces = -(-2 * num_processors // programs)
-    return max(1, min(pieces, chunks // SHORTEST_PIECE))
+    best, least = 1, float(-(-programs // num_processors))
+    most = min(MOST_WAVES * num_processors // max(1, programs), chunks // SHORTEST_PIECE)
+    for pieces in range(2, most + 1):
+        time = CUTTING_COST * -(-programs * pieces // num_processors) / pieces
+        if time < least - 1e-9:
+            best, least = pieces, time
+    return best
 
 
 @functools.cache
@@ -516,8 +514,8 @@ def triton_lightning_attention(
         q,
         k,
         v,
-        slopes.detach().float().contiguous(),
-        None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
+        slopes.detach().to(q.device, torch.float32).contiguous(),
+        None if cu_seqlens is None else cu_seqlens.to(q.device, torch.int32).contiguous(),
         None if initial_state is None else initial_state.float().contiguous(),
         output_final_state,
         piece_tokens,

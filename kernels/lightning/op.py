@@ -29,7 +29,8 @@ def lightning_attention(
         q, k, v: `[batch, tokens, heads, head_dim]`, one dtype; no scaling is applied.
         slopes: `[heads]` fp32, >= 0; the decay is `exp(-slope)` per token.
         cu_seqlens: `[sequences + 1]` int32 document boundaries of a packed row (batch 1), from 0
-            to `tokens`; no state crosses a boundary.
+            to `tokens`; no state crosses a boundary. On a GPU, a row that goes on behind the last
+            boundary is undefined there.
         initial_state: `[sequences, heads, head_dim, head_dim]`, key index first; `sequences` is the
             batch, or the number of packed documents.
         output_final_state: also return the state after each sequence's last token.
@@ -82,8 +83,15 @@ def why_not_triton(q: Tensor) -> str:
     """Why the Triton kernels cannot take this input, or ""."""
     if not q.is_cuda:
         return "needs a CUDA tensor"
+    if not _has_copy_engine(q.device.index):
+        return "needs compute capability 9.0 or 10.0"
     if q.dtype not in DTYPES:
         return "needs bf16 or fp32"
     if q.shape[3] not in HEAD_DIMS:
         return "needs a head_dim that is a power of two from 16 to 256"
     return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_copy_engine(device_index: int | None) -> bool:
+    return torch.cuda.get_device_capability(device_index)[0] in (9, 10)

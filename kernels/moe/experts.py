@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fulmen.kernels.common import NEEDS_CUDA, why_not_triton
 from fulmen.kernels.moe.reference import reference_grouped_swiglu
 from fulmen.kernels.registry import choose
 
@@ -33,7 +34,7 @@ def grouped_swiglu(x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
     implementation = choose(
         "grouped_gemm",
         ("grouped_mm", _why_not_grouped_mm(x, inner)),
-        ("triton", _why_not_triton(x)),
+        ("triton", why_not_triton(x)),
         ("torch", ""),
     )
     if implementation == "torch":
@@ -43,14 +44,11 @@ def grouped_swiglu(x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
     return fused_grouped_swiglu(x, counts, w1, w3, w2, implementation)
 
 
-def _why_not_triton(x: Tensor) -> str:
-    fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float32)
-    return "" if fits else "needs a CUDA tensor in bf16 or fp32"
-
-
 def _why_not_grouped_mm(x: Tensor, inner: int) -> str:
-    if not x.is_cuda or x.dtype != torch.bfloat16:
-        return "needs a CUDA tensor in bf16"
+    if not x.is_cuda:
+        return NEEDS_CUDA
+    if x.dtype != torch.bfloat16:
+        return "needs bf16"
     if x.shape[1] % 8 or inner % 8:
         # Its operands' rows begin at multiples of 16 bytes.
         return "needs hidden sizes that are multiples of 8"

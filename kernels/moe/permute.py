@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fulmen.kernels.common import NEEDS_CUDA, why_not_triton
 from fulmen.kernels.moe.reference import (
     reference_permutation,
     reference_permute,
@@ -34,8 +35,8 @@ def permutation(experts: Tensor, num_experts: int) -> Permutation:
             "permutation: experts must be [tokens, k] int64, got "
             f"{tuple(experts.shape)} {experts.dtype}"
         )
-    why_not = "" if experts.is_cuda else "needs a CUDA tensor"
-    if choose("permute", ("triton", why_not), ("torch", "")) == "triton":
+    reason = "" if experts.is_cuda else NEEDS_CUDA
+    if choose("permute", ("triton", reason), ("torch", "")) == "triton":
         from fulmen.kernels.moe.triton_permute import triton_permutation
 
         return Permutation(*triton_permutation(experts, num_experts))
@@ -52,7 +53,7 @@ def permute(x: Tensor, order: Permutation) -> Tensor:
             "permute: x must be [tokens, hidden_size] for the permutation's "
             f"{order.destinations.shape[0]} tokens, got {tuple(x.shape)}"
         )
-    if choose("permute", ("triton", _why_not_triton(x)), ("torch", "")) == "triton":
+    if choose("permute", ("triton", _why_not_rows(x)), ("torch", "")) == "triton":
         from fulmen.kernels.moe.triton_permute import triton_permute
 
         return triton_permute(x, order.destinations, order.num_kept)
@@ -76,14 +77,14 @@ def unpermute(rows: Tensor, weights: Tensor | None, order: Permutation) -> Tenso
         )
     if weights is not None and weights.shape != (tokens, k):
         raise ValueError(f"unpermute: weights must be {(tokens, k)}, got {tuple(weights.shape)}")
-    if choose("permute", ("triton", _why_not_triton(rows)), ("torch", "")) == "triton":
+    if choose("permute", ("triton", _why_not_rows(rows)), ("torch", "")) == "triton":
         from fulmen.kernels.moe.triton_permute import triton_unpermute
 
         return triton_unpermute(rows, weights, order.destinations, order.num_kept)
     return reference_unpermute(rows, weights, order.destinations, order.num_kept)
 
 
-def _why_not_triton(x: Tensor) -> str:
-    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float32):
-        return "needs a CUDA tensor in bf16 or fp32"
+def _why_not_rows(x: Tensor) -> str:
+    if reason := why_not_triton(x):
+        return reason
     return "needs a hidden size that is a multiple of 8" if x.shape[1] % 8 else ""

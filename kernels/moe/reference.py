@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fulmen.kernels.common import accumulation_dtype
 from fulmen.kernels.swiglu import swiglu
 
 
@@ -11,7 +12,7 @@ def reference_route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Experts, weights, probabilities and counts of `Routing`."""
     num_experts = logits.shape[1]
-    logits = logits.to(_accumulate(logits))
+    logits = logits.to(accumulation_dtype(logits))
     probabilities = torch.softmax(logits, -1)
     # Not topk, which leaves open which of several equal ones it takes.
     experts = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
@@ -43,7 +44,7 @@ def reference_unpermute(
 ) -> Tensor:
     kept = destinations < num_kept
     parts = rows[destinations.flatten()].unflatten(0, destinations.shape)
-    parts = torch.where(kept.unsqueeze(-1), parts, 0).to(_accumulate(rows))
+    parts = torch.where(kept.unsqueeze(-1), parts, 0).to(accumulation_dtype(rows))
     if weights is not None:
         parts = parts * torch.where(kept, weights, 0).unsqueeze(-1)
     return parts.sum(1).to(rows.dtype)
@@ -61,10 +62,6 @@ def reference_grouped_swiglu(
         for part, a, b, c in zip(parts, w1.unbind(), w3.unbind(), w2.unbind(), strict=True)
     ]
     return torch.cat([*outputs, rest.new_zeros(rest.shape[0], w2.shape[1])])
-
-
-def _accumulate(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _count(experts: Tensor, num_experts: int) -> Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fulmen.kernels.common import why_not_triton
 from fulmen.kernels.moe.permute import permutation
 from fulmen.kernels.moe.reference import reference_route
 from fulmen.kernels.registry import choose
@@ -40,12 +41,10 @@ def route(logits: Tensor, num_experts_per_token: int, *, num_tokens: int | None 
             "route: logits must be [tokens, num_experts] with at least as many experts as choices, "
             f"got {tuple(logits.shape)} and {num_experts_per_token} choices"
         )
-    why_not = ""
-    if not logits.is_cuda or logits.dtype not in (torch.bfloat16, torch.float32):
-        why_not = "needs a CUDA tensor in bf16 or fp32"
-    elif logits.shape[1] > MOST_EXPERTS or num_experts_per_token > MOST_CHOICES:
-        why_not = f"needs at most {MOST_EXPERTS} experts and {MOST_CHOICES} choices"
-    if choose("router", ("triton", why_not), ("torch", "")) == "triton":
+    reason = why_not_triton(logits)
+    if not reason and (logits.shape[1] > MOST_EXPERTS or num_experts_per_token > MOST_CHOICES):
+        reason = f"needs at most {MOST_EXPERTS} experts and {MOST_CHOICES} choices"
+    if choose("router", ("triton", reason), ("torch", "")) == "triton":
         from fulmen.kernels.moe.triton_router import triton_route
 
         return Routing(*triton_route(logits, num_experts_per_token, num_tokens))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fulmen.kernels.moe import triton_grouped_gemm
 from fulmen.kernels.swiglu import swiglu
+from fulmen.kernels.triton_common import silu_gradient
 
 BLOCK = 2048
 """4 KiB of bf16, two 16-byte loads for each of 128 threads."""
@@ -44,9 +45,8 @@ def swiglu_backward_kernel(
     g = tl.load(gate + index, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(d_inner + index, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp(-g))
-    silu = g * sigmoid
-    dg = dy * u * sigmoid * (1 + g * (1 - sigmoid))
+    dg = silu_gradient(dy * u, g)
+    silu = g * tl.sigmoid(g)
     tl.store(d_gate + index, dg.to(d_gate.dtype.element_ty), mask=inside)
     tl.store(d_up + index, (dy * silu).to(d_up.dtype.element_ty), mask=inside)
     tl.store(d_inner + index, (silu * u).to(d_inner.dtype.element_ty), mask=inside)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from fulmen.kernels.triton_common import product
+
 TILES_TOGETHER = 8
 """Row tiles that run side by side on the same columns, so that these are read from L2."""
 
@@ -31,16 +32,6 @@ def _tile(dtype: torch.dtype) -> dict[str, int]:
         "num_warps": warps,
         "num_stages": stages,
     }
-
-
-@triton.jit
-def product(a, b, accumulator):
-    """`accumulator + a @ b` in fp32, exact for fp32 operands (no tf32)."""
-    # Triton's interpreter keeps bf16 as 16-bit integers and would multiply those.
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from fulmen.kernels.norm.plan import why_not_triton
+from fulmen.kernels.common import why_not_triton
+from fulmen.kernels.norm.plan import check_weight, unsupported
 from fulmen.kernels.norm.reference import deepnorm_reference, rms_norm_reference
 from fulmen.kernels.registry import choose
 
@@ -18,8 +19,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         Shaped and typed like `x`. Arithmetic is fp32 (fp64 for fp64), rounded once, at the end:
         for bf16, one rounding less than transformers' MiniMax norm, which rounds before the weight.
     """
-    _check_weight("rms_norm", x, weight)
-    if choose("norm", ("triton", why_not_triton(x, weight)), ("torch", "")) == "triton":
+    check_weight("rms_norm", x, weight)
+    reason = why_not_triton(x, weight) or unsupported(x, weight)
+    if choose("norm", ("triton", reason), ("torch", "")) == "triton":
         from fulmen.kernels.norm.triton_norm import triton_rms_norm
 
         return triton_rms_norm(x, weight, eps)
@@ -39,22 +41,15 @@ def deepnorm(
     Returns:
         Shaped and typed like `residual`. The sum itself is never stored: backward adds again.
     """
-    _check_weight("deepnorm", residual, weight)
+    check_weight("deepnorm", residual, weight)
     if residual.shape != update.shape or residual.dtype != update.dtype:
         raise ValueError(
             "deepnorm: residual and update must share shape and dtype, got "
             f"{tuple(residual.shape)} {residual.dtype} and {tuple(update.shape)} {update.dtype}"
         )
-    if choose("norm", ("triton", why_not_triton(residual, weight)), ("torch", "")) == "triton":
+    reason = why_not_triton(residual, weight) or unsupported(residual, weight)
+    if choose("norm", ("triton", reason), ("torch", "")) == "triton":
         from fulmen.kernels.norm.triton_norm import triton_deepnorm
 
         return triton_deepnorm(residual, update, weight, eps, alpha=alpha, beta=beta)
     return deepnorm_reference(residual, update, weight, eps, alpha=alpha, beta=beta)
-
-
-def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
-    if x.dim() == 0 or x.shape[-1] == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{op}: weight must be [hidden], the last dim of the input, got {tuple(weight.shape)} "
-            f"for {tuple(x.shape)}"
-        )

@@ -3,13 +3,12 @@
 No import of Triton here: on a machine without it the ops still choose their references.
 """
 
-import functools
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16)
+from fulmen.kernels.common import num_processors, why_not_dtype
+
 LONGEST_ROW = 16384
 THREADS_PER_WARP = 32
 NUMBERS_PER_LOAD = 8
@@ -31,30 +30,19 @@ PROCESSORS_WITHOUT_GPU = 1
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str:
-    """Why the Triton kernels cannot take rows of `x`, or ""."""
-    if x.dtype not in DTYPES or weight.dtype not in DTYPES:
-        return "needs bf16 or fp32"
-    if x.shape[-1] > LONGEST_ROW:
-        return f"needs a hidden size of at most {LONGEST_ROW}"
-    return ""
+    """Why the Triton kernels cannot take rows of `x`, on whatever device, or ""."""
+    if reason := why_not_dtype(x, weight):
+        return reason
+    return f"needs a hidden size of at most {LONGEST_ROW}" if x.shape[-1] > LONGEST_ROW else ""
 
 
-def why_not_triton(x: Tensor, weight: Tensor) -> str:
-    """The registry's reason: why the Triton kernels cannot take this call, or ""."""
-    return unsupported(x, weight) if x.is_cuda else "needs a CUDA tensor"
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """`[rows, hidden]` with a row's numbers side by side: a view, or a copy where it must be."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return PROCESSORS_WITHOUT_GPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def check_weight(op: str, x: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless the weight is `[hidden]` for `x` `[..., hidden]`."""
+    if x.dim() == 0 or x.shape[-1] == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{op}: weight must be [hidden], the last dim of the input, got {tuple(weight.shape)} "
+            f"for {tuple(x.shape)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +88,7 @@ def make_plan(x: Tensor, *, num_inputs: int, warps_per_processor: int) -> Plan:
     together = warps_per_processor // num_warps if padded <= threads * NUMBERS_PER_THREAD else 1
     fitting = SHARED_BYTES_PER_PROCESSOR // (together * num_inputs * padded * x.element_size())
     return Plan(
-        programs=min(x.numel() // hidden, together * _num_processors(x.device)),
+        programs=min(x.numel() // hidden, together * num_processors(x.device, PROCESSORS_WITHOUT_GPU)),
         num_warps=num_warps,
         piece=piece,
         num_stages=1 + min(ROWS_IN_FLIGHT, fitting),

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fulmen.kernels.common import accumulation_dtype
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` (arXiv:1910.07467, equation 4, with eps)."""
@@ -18,7 +20,7 @@ def deepnorm_reference(
 
 
 def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(accumulation_dtype(x))
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:

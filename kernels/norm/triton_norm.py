@@ -23,14 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fulmen.kernels.norm.plan import (
-    BACKWARD_WARPS_PER_PROCESSOR,
-    FORWARD_WARPS_PER_PROCESSOR,
-    as_rows,
-    make_plan,
-    unsupported,
+from fulmen.kernels.norm.plan import unsupported
+from fulmen.kernels.norm.triton_rows import (
+    load_row,
+    new_gradients,
+    new_output,
+    run_backward,
+    run_forward,
+    store_piece,
+    zero_row,
 )
-from fulmen.kernels.norm.triton_rows import load_row, store_piece, sum_over_programs, zero_row
 
 
 @triton.jit
@@ -151,46 +153,17 @@ def _norm(
     residual: Tensor, update: Tensor | None, weight: Tensor, eps: float, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor]:
     """Output, and 1/rms `[rows]` fp32 for the backward pass. Without update, alpha is unread."""
-    x = as_rows(residual)
-    f = x if update is None else as_rows(update)
-    rows, hidden = x.shape
-    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    inverse_rms = torch.empty(rows, dtype=torch.float32, device=residual.device)
-    plan = make_plan(
-        x,
-        num_inputs=1 if update is None else 2,
-        warps_per_processor=FORWARD_WARPS_PER_PROCESSOR,
+    has_update = update is not None
+    return run_forward(
+        forward_kernel, residual, update, weight, eps, alpha, beta, HAS_UPDATE=has_update
     )
-    if rows:
-        with torch.cuda.device_of(x):
-            forward_kernel[(plan.programs,)](
-                x,
-                f,
-                weight.contiguous(),
-                out,
-                inverse_rms,
-                x.stride(0),
-                f.stride(0),
-                rows,
-                eps,
-                alpha,
-                beta,
-                HIDDEN=hidden,
-                HAS_UPDATE=update is not None,
-                **plan.options(),
-            )
-    return out, inverse_rms
 
 
 @_norm.register_fake
 def _(
     residual: Tensor, update: Tensor | None, weight: Tensor, eps: float, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor]:
-    rows = residual.numel() // residual.shape[-1]
-    return (
-        torch.empty(residual.shape, dtype=residual.dtype, device=residual.device),
-        torch.empty(rows, dtype=torch.float32, device=residual.device),
-    )
+    return new_output(residual)
 
 
 @torch.library.custom_op("fulmen::norm_backward", mutates_args=())
@@ -204,39 +177,17 @@ def _norm_backward(
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of residual, update (empty if there was none) and weight."""
-    dy, x = as_rows(d_out), as_rows(residual)
-    f = x if update is None else as_rows(update)
-    rows, hidden = x.shape
-    d_residual = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    d_update = residual.new_empty((0,) if update is None else update.shape)
-    plan = make_plan(
-        x,
-        num_inputs=2 if update is None else 3,
-        warps_per_processor=BACKWARD_WARPS_PER_PROCESSOR,
+    return run_backward(
+        backward_kernel,
+        d_out,
+        residual,
+        update,
+        weight,
+        inverse_rms,
+        alpha,
+        beta,
+        HAS_UPDATE=update is not None,
     )
-    d_weights = torch.empty(plan.programs, hidden, dtype=torch.float32, device=x.device)
-    if rows:
-        with torch.cuda.device_of(x):
-            backward_kernel[(plan.programs,)](
-                dy,
-                x,
-                f,
-                weight.contiguous(),
-                inverse_rms,
-                d_residual,
-                d_update,
-                d_weights,
-                dy.stride(0),
-                x.stride(0),
-                f.stride(0),
-                rows,
-                alpha,
-                beta,
-                HIDDEN=hidden,
-                HAS_UPDATE=update is not None,
-                **plan.options(),
-            )
-    return d_residual, d_update, sum_over_programs(d_weights, weight.dtype)
 
 
 @_norm_backward.register_fake
@@ -249,11 +200,8 @@ def _(
     alpha: float,
     beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(residual.shape, dtype=residual.dtype, device=residual.device),
-        residual.new_empty((0,) if update is None else update.shape),
-        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
-    )
+    d_residual, d_update = new_gradients(residual, update)
+    return d_residual, d_update, weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

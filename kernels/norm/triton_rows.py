@@ -1,12 +1,21 @@
-"""Pieces of rows in Triton: what the kernels that work on whole rows share."""
+"""Pieces of rows in Triton, and launches over them: what kernels that work on whole rows share."""
 
 # Kernels carry no Python types; their launchers do.
 # mypy: disable-error-code="no-untyped-def,misc,no-untyped-call,untyped-decorator,assignment"
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fulmen.kernels.common import as_rows
+from fulmen.kernels.norm.plan import (
+    BACKWARD_WARPS_PER_PROCESSOR,
+    FORWARD_WARPS_PER_PROCESSOR,
+    make_plan,
+)
 
 COLUMNS = 32
 ROWS = 128
@@ -70,3 +79,101 @@ def sum_over_programs(partial: Tensor, dtype: torch.dtype) -> Tensor:
             partial, total, rows, HIDDEN=hidden, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
         )
     return total
+
+
+def new_output(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `run_forward` returns for `x`, unwritten."""
+    rows = x.numel() // x.shape[-1]
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(rows, dtype=torch.float32, device=x.device),
+    )
+
+
+def new_gradients(x: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of the inputs, unwritten; empty for one that there is not."""
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        x.new_empty((0,) if second is None else second.shape),
+    )
+
+
+def run_forward(
+    kernel: Any, x: Tensor, second: Tensor | None, weight: Tensor, *numbers: float, **constants: Any
+) -> tuple[Tensor, Tensor]:
+    """Output like `x`, and 1/rms `[rows]` fp32 for the backward pass.
+
+    Args:
+        second: shaped and typed like `x`; without one the kernel is handed `x` for it.
+        numbers, constants: what the kernel takes behind the number of rows.
+    """
+    x_rows = as_rows(x)
+    second_rows = x_rows if second is None else as_rows(second)
+    rows, hidden = x_rows.shape
+    out, inverse_rms = new_output(x)
+    plan = make_plan(
+        x_rows,
+        num_inputs=1 if second is None else 2,
+        warps_per_processor=FORWARD_WARPS_PER_PROCESSOR,
+    )
+    if rows:
+        with torch.cuda.device_of(x):
+            kernel[(plan.programs,)](
+                x_rows,
+                second_rows,
+                weight.contiguous(),
+                out,
+                inverse_rms,
+                x_rows.stride(0),
+                second_rows.stride(0),
+                rows,
+                *numbers,
+                HIDDEN=hidden,
+                **constants,
+                **plan.options(),
+            )
+    return out, inverse_rms
+
+
+def run_backward(
+    kernel: Any,
+    d_out: Tensor,
+    x: Tensor,
+    second: Tensor | None,
+    weight: Tensor,
+    inverse_rms: Tensor,
+    *numbers: float,
+    **constants: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, second (empty if there was none) and weight; arguments as forward."""
+    d_out_rows, x_rows = as_rows(d_out), as_rows(x)
+    second_rows = x_rows if second is None else as_rows(second)
+    rows, hidden = x_rows.shape
+    d_x, d_second = new_gradients(x, second)
+    plan = make_plan(
+        x_rows,
+        num_inputs=2 if second is None else 3,
+        warps_per_processor=BACKWARD_WARPS_PER_PROCESSOR,
+    )
+    d_weights = torch.empty(plan.programs, hidden, dtype=torch.float32, device=x.device)
+    if rows:
+        with torch.cuda.device_of(x):
+            kernel[(plan.programs,)](
+                d_out_rows,
+                x_rows,
+                second_rows,
+                weight.contiguous(),
+                inverse_rms,
+                d_x,
+                d_second,
+                d_weights,
+                d_out_rows.stride(0),
+                x_rows.stride(0),
+                second_rows.stride(0),
+                rows,
+                *numbers,
+                HIDDEN=hidden,
+                **constants,
+                **plan.options(),
+            )
+    return d_x, d_second, sum_over_programs(d_weights, weight.dtype)

@@ -1,8 +1,8 @@
 """The public op: argument checks, and the choice between Triton and the reference."""
 
-import torch
 from torch import Tensor
 
+from fulmen.kernels.common import why_not_triton
 from fulmen.kernels.registry import choose
 from fulmen.kernels.rope.reference import reference_rope
 
@@ -36,9 +36,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if cos.shape[1] == 0:
         return x
     cos, sin = cos.detach(), sin.detach()
-    fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float32)
-    reason = "" if fits else "needs a CUDA tensor in bf16 or fp32"
-    if choose("rope", ("triton", reason), ("torch", "")) == "triton":
+    if choose("rope", ("triton", why_not_triton(x)), ("torch", "")) == "triton":
         from fulmen.kernels.rope.triton_rope import triton_rope
 
         return triton_rope(x, cos, sin)

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from fulmen.kernels.common import accumulation_dtype
+
 
 def reference_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Shapes as in `rope`; the rotation (arXiv:2104.09864, section 3.4.2) in fp32 at least."""
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_dtype(x)
     half = cos.shape[-1]
     cos, sin = cos[:, None, :].to(accumulate), sin[:, None, :].to(accumulate)
     low, high = x[..., :half].to(accumulate), x[..., half : 2 * half].to(accumulate)

@@ -1,8 +1,8 @@
 """The public op: argument checks, and the choice between Triton and the reference."""
 
-import torch
 from torch import Tensor
 
+from fulmen.kernels.common import why_not_triton
 from fulmen.kernels.registry import choose
 from fulmen.kernels.silu_qkv.reference import reference_silu_qkv
 
@@ -23,9 +23,7 @@ def silu_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
             f"silu_qkv: qkv must be [batch, tokens, {num_heads} heads * 3 * head_dim], "
             f"got {tuple(qkv.shape)}"
         )
-    fits = qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float32)
-    reason = "" if fits else "needs a CUDA tensor in bf16 or fp32"
-    if choose("silu_qkv", ("triton", reason), ("torch", "")) == "triton":
+    if choose("silu_qkv", ("triton", why_not_triton(qkv)), ("torch", "")) == "triton":
         from fulmen.kernels.silu_qkv.triton_silu_qkv import triton_silu_qkv
 
         return triton_silu_qkv(qkv, num_heads)

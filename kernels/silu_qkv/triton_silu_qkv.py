@@ -16,23 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fulmen.kernels.triton_common import silu, silu_gradient
+
 TILE_BYTES = 4096
 FORWARD_WARPS = 4
 BACKWARD_WARPS = 8
-
-
-@triton.jit
-def silu(x):
-    x = x.to(tl.float32)
-    return x / (1 + tl.exp(-x))
-
-
-@triton.jit
-def silu_gradient(dy, x):
-    """`dy * silu'(x)`."""
-    x = x.to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp(-x))
-    return dy.to(tl.float32) * sigmoid * (1 + x * (1 - sigmoid))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The public op: argument checks, and the choice between Triton and the reference."""
 
-import torch
 from torch import Tensor
 
+from fulmen.kernels.common import why_not_triton
 from fulmen.kernels.registry import choose
 from fulmen.kernels.swiglu.reference import reference_swiglu
 
@@ -22,9 +22,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             "swiglu: gate and up must share one shape [..., n] and one dtype, got "
             f"{tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
         )
-    fits = gate.is_cuda and gate.dtype in (torch.bfloat16, torch.float32)
-    reason = "" if fits else "needs CUDA tensors in bf16 or fp32"
-    if choose("swiglu", ("triton", reason), ("torch", "")) == "triton":
+    if choose("swiglu", ("triton", why_not_triton(gate, up)), ("torch", "")) == "triton":
         from fulmen.kernels.swiglu.triton_swiglu import triton_swiglu
 
         return triton_swiglu(gate, up)

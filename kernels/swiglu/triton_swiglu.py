@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fulmen.kernels.common import as_rows
+from fulmen.kernels.triton_common import silu, silu_gradient
+
 TILE_BYTES = 4096
 NUM_WARPS = 4
 NARROWEST_TILE = 128
@@ -38,8 +41,7 @@ def swiglu_kernel(
     row, column, inside = tile_of(rows, columns, ROWS, COLUMNS)
     g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
     u = tl.load(up + row * up_stride + column, mask=inside, other=0.0)
-    g = g.to(tl.float32)
-    y = g / (1 + tl.exp(-g)) * u.to(tl.float32)
+    y = silu(g) * u.to(tl.float32)
     tl.store(out + row * columns + column, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -64,24 +66,17 @@ def swiglu_backward_kernel(
     dy = tl.load(d_out + row * d_out_stride + column, mask=inside, other=0.0)
     g = g.to(tl.float32)
     dy = dy.to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp(-g))
-    dg = dy * u.to(tl.float32) * sigmoid * (1 + g * (1 - sigmoid))
-    du = dy * g * sigmoid
+    dg = silu_gradient(dy * u.to(tl.float32), g)
+    du = dy * g * tl.sigmoid(g)
     target = row * columns + column
     tl.store(d_gate + target, dg.to(d_gate.dtype.element_ty), mask=inside)
     tl.store(d_up + target, du.to(d_up.dtype.element_ty), mask=inside)
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """`[rows, n]` with numbers side by side in a row; a view where the layout allows."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 def _run(kernel: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
     if not outputs[0].numel():
         return
-    inputs = [_as_rows(x) for x in inputs]
+    inputs = [as_rows(x) for x in inputs]
     rows, columns = inputs[0].shape
     size = TILE_BYTES // outputs[0].element_size()
     # The largest power of two that divides a row leaves no thread idle.

@@ -21,6 +21,7 @@ from support.interpreter import (
 from torch import Tensor
 
 from fulmen.kernels import registry
+from fulmen.kernels.common import DTYPES
 from fulmen.kernels.norm import deepnorm, plan, rms_norm
 from fulmen.kernels.norm.reference import deepnorm_reference, rms_norm_reference
 from fulmen.kernels.norm.triton_norm import (
@@ -182,8 +183,8 @@ def test_what_the_kernels_cannot_take_is_named() -> None:
 def test_the_plan_fits_and_fills_a_multiprocessor(
     hidden: int, num_inputs: int, warps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "_num_processors", lambda _: 132)
-    for dtype in plan.DTYPES:
+    monkeypatch.setattr(plan, "num_processors", lambda *_: 132)
+    for dtype in DTYPES:
         x = torch.empty(2**20, hidden, dtype=dtype, device="meta")
         made = plan.make_plan(x, num_inputs=num_inputs, warps_per_processor=warps)
         together, rest = divmod(made.programs, 132)

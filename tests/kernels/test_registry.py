@@ -131,7 +131,10 @@ def test_a_compiled_graph_holds_the_choice(messages: list[str]) -> None:
     for _ in range(2):
         assert compiled(torch.ones(2)).tolist() == [2, 2]
         assert compiled(torch.ones(3)).tolist() == [3, 3, 3]
-    assert messages == ["kernels: norm runs on triton", "kernels: norm runs on torch"]
+    assert messages == [
+        "kernels: norm runs on triton",
+        "kernels: norm runs on torch: triton needs fewer rows",
+    ]
 
 
 def test_a_compiled_op_follows_configuration(messages: list[str]) -> None:

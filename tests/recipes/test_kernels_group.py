@@ -92,7 +92,7 @@ def test_a_misspelt_implementation_ends_a_run_before_it_begins(
     ("override", "reason"),
     [
         ("kernels.lightning=triton", "needs a CUDA tensor"),
-        ("kernels.grouped_gemm=grouped_mm", "needs a CUDA tensor in bf16"),
+        ("kernels.grouped_gemm=grouped_mm", "needs a CUDA tensor"),
         ("kernels.attention=cudnn", "needs a CUDA tensor"),
     ],
 )
