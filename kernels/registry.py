@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from fulmen.kernels.common import NEEDS_CUDA
 from fulmen.kernels.config import AUTO, IMPLEMENTATIONS
 
 log = logging.getLogger("fulmen.kernels")
@@ -63,7 +64,7 @@ def choose(op: str, *candidates: tuple[str, str]) -> str:
     if (op, name) not in _logged:
         _logged.add((op, name))
         better = candidates[: [candidate for candidate, _ in candidates].index(name)]
-        passed = [f"{other} {why}" for other, why in better if not why.startswith("needs a CUDA")]
+        passed = [f"{other} {why}" for other, why in better if why != NEEDS_CUDA]
         if name == "torch" and passed and not wanted:
             # Where it would run but for a size or a type, the reference is many times slower.
             log.warning("kernels: %s runs on torch: %s", op, "; ".join(passed))

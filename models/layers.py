@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class Context:
     """At least the longest document's length, where the caller gave the lengths."""
     cache: Cache | None
     """Set when decoding."""
+    row_part: Any = None
+    """Where the tokens lie in a row that is spread over ranks; for what replaces `attend`."""
 
 
 def packed_positions(tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:

@@ -74,7 +74,11 @@ class MoE(nn.Module):
         routing = route(self.gate(flat), self.num_experts_per_token, num_tokens=num_tokens)
         num_tokens = flat.shape[0] if num_tokens is None else num_tokens
         counts = routing.counts
-        aux_loss = load_balancing_loss(counts, routing.probabilities[:num_tokens])
+        aux_loss = load_balancing_loss(
+            self.count_over_row(counts),
+            routing.probabilities[:num_tokens],
+            self.num_experts_per_token,
+        )
         num_dropped = counts.new_zeros(())
         if self.capacity_factor is not None and self.training:
             mean = num_tokens * self.num_experts_per_token / self.num_experts
@@ -84,6 +88,10 @@ class MoE(nn.Module):
         output = self.dispatch(flat, routing)
         return output.view_as(x), MoEStats(aux_loss, counts, num_dropped)
 
+    def count_over_row(self, counts: Tensor) -> Tensor:
+        """Assignments over all ranks that share the tokens' rows; sequence parallelism's seam."""
+        return counts
+
     def dispatch(self, flat: Tensor, routing: Routing) -> Tensor:
         """Send tokens to their experts and sum what comes back; expert parallelism's seam."""
         order = permutation(routing.experts, self.num_experts)
@@ -91,13 +99,18 @@ class MoE(nn.Module):
         return unpermute(outputs, routing.weights, order)
 
 
-def load_balancing_loss(counts: Tensor, probabilities: Tensor) -> Tensor:
+def load_balancing_loss(
+    counts: Tensor, probabilities: Tensor, num_experts_per_token: int
+) -> Tensor:
     """`E * sum_i f_i m_i`: f_i the share of assignments, m_i the mean routing probability.
 
     The paper prints `(1/E) sum f m`, which is 1/E^2 at balance and would vanish beside its
     coefficient of 0.01; we take the usual factor E (Switch, arXiv:2101.03961, equation 4), with
     shares that sum to 1, so that balance gives 1 whatever E and k. Counted before any drop, over
-    one micro-batch. `counts` is `[E]`, `probabilities` `[tokens, E]`.
+    one micro-batch. `counts` is `[E]`, over all of its tokens, `probabilities` `[tokens, E]`; where
+    these are a part of the tokens, so is the loss, and the parts add up.
     """
-    shares = counts.to(probabilities.dtype) / counts.sum().clamp(min=1)
-    return counts.numel() * (shares * probabilities.sum(0)).sum() / max(probabilities.shape[0], 1)
+    num_assignments = counts.sum().clamp(min=1)
+    shares = counts.to(probabilities.dtype) / num_assignments
+    mean_over = num_assignments / num_experts_per_token
+    return counts.numel() * (shares * probabilities.sum(0)).sum() / mean_over

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,8 @@ class TextModel(nn.Module):
         document_lengths: Sequence[int] | None = None,
         num_tokens: int | None = None,
         cache: Cache | None = None,
+        positions: Tensor | None = None,
+        row_part: Any = None,
     ) -> Tensor | LossOutput:
         """Logits `[batch, tokens, vocab_size]`, or the losses if `labels` are given.
 
@@ -99,8 +101,11 @@ class TextModel(nn.Module):
                 use of them.
             num_tokens: real tokens of a packed row; those behind them are padding.
             cache: carries states and keys from one call to the next when decoding.
+            positions: `[tokens]` in their documents, where they do not follow from `cu_seqlens`.
+            row_part: handed on to the attention layers; see `parallel/sequence.py`.
         """
-        hidden, stats = self._hidden(input_ids, cu_seqlens, document_lengths, num_tokens, cache)
+        context = self._context(input_ids, cu_seqlens, document_lengths, cache, positions, row_part)
+        hidden, stats = self._hidden(input_ids, context, num_tokens)
         if labels is None:
             return self.lm_head(hidden)
         return LossOutput(
@@ -110,16 +115,18 @@ class TextModel(nn.Module):
             torch.stack([s.num_dropped for s in stats]).sum(),
         )
 
-    def _hidden(
+    def _context(
         self,
         input_ids: Tensor,
         cu_seqlens: Tensor | None,
         document_lengths: Sequence[int] | None,
-        num_tokens: int | None,
         cache: Cache | None,
-    ) -> tuple[Tensor, list[MoEStats]]:
+        positions: Tensor | None,
+        row_part: Any,
+    ) -> Context:
         tokens = input_ids.shape[1]
-        positions = packed_positions(tokens, cu_seqlens, input_ids.device)
+        if positions is None:
+            positions = packed_positions(tokens, cu_seqlens, input_ids.device)
         if cache is not None:
             positions = positions + cache.num_tokens
         cos, sin = rope_tables(positions, self.config.rotary_dim, self.config.rope_theta)
@@ -128,14 +135,18 @@ class TextModel(nn.Module):
             on_host = torch.tensor([0, *accumulate(document_lengths)], dtype=torch.int32)
             # Rounded up to a power of two: a compiled graph is made for few values.
             longest = min(tokens, 1 << (max(document_lengths) - 1).bit_length())
-        context = Context(cos, sin, cu_seqlens, on_host, longest, cache)
+        return Context(cos, sin, cu_seqlens, on_host, longest, cache, row_part)
+
+    def _hidden(
+        self, input_ids: Tensor, context: Context, num_tokens: int | None
+    ) -> tuple[Tensor, list[MoEStats]]:
         x = self.embed_tokens(input_ids)
         stats = []
         for block in self.layers:
             x, block_stats = block(x, context, num_tokens)
             stats.append(block_stats)
-        if cache is not None:
-            cache.num_tokens += tokens
+        if context.cache is not None:
+            context.cache.num_tokens += input_ids.shape[1]
         return self.norm(x), stats
 
 

@@ -8,7 +8,7 @@ class ParallelConfig:
     """How the work is spread; data parallelism takes what the other axes leave of the world."""
 
     cp: int = 1
-    """Ranks that share one sequence (only 1 for now)."""
+    """Ranks that share one row of tokens, each a contiguous part of it."""
     ep: int = 1
     """Ranks that share the experts of a layer (only 1 for now)."""
     etp: int = 1
@@ -21,13 +21,15 @@ class ParallelConfig:
 
 def check_parallel(config: ParallelConfig, world_size: int) -> None:
     """Raise `ValueError` naming the keys if `world_size` processes cannot form this mesh."""
-    for name in ("cp", "ep", "etp"):
+    for name in ("ep", "etp"):
         value = getattr(config, name)
         if value != 1:
-            raise ValueError(
-                f"parallel.{name}={value}: only 1 is supported so far; "
-                f"the {world_size} process(es) all form the data-parallel axis"
-            )
+            raise ValueError(f"parallel.{name}={value}: only 1 is supported so far")
+    if config.cp < 1 or world_size % config.cp:
+        raise ValueError(
+            f"parallel.cp={config.cp} does not divide the {world_size} process(es): change one of "
+            "the two"
+        )
     for name in ("zero_stage", "expert_zero_stage"):
         value = getattr(config, name)
         if value is not None and value not in (0, 1, 2, 3):

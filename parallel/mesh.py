@@ -22,10 +22,16 @@ class Mesh:
     dp: int
     """Data-parallel size."""
     dp_rank: int
+    cp: int
+    """Ranks that share a row; neighbours in the world."""
+    cp_rank: int
+    cp_group: dist.ProcessGroup
+    """The ranks that share this rank's rows."""
     shard: DeviceMesh
-    """One axis over all data-parallel ranks: ZeRO stages 1 to 3."""
+    """One axis over all ranks: ZeRO stages 1 to 3. Ranks that share a row hold the same weights,
+    so that for ZeRO they are data-parallel ranks like others."""
     replicate: DeviceMesh
-    """(data-parallel ranks, 1): ZeRO stage 0, a full copy on each."""
+    """(all ranks, 1): ZeRO stage 0, a full copy on each."""
 
 
 def join_world() -> torch.device:
@@ -65,12 +71,16 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     world_size, rank = dist.get_world_size(), dist.get_rank()
     check_parallel(config, world_size)
     kind = device.type
+    rows = init_device_mesh(kind, (world_size // config.cp, config.cp), mesh_dim_names=("dp", "cp"))
     return Mesh(
         device=device,
         world_size=world_size,
         rank=rank,
-        dp=world_size,
-        dp_rank=rank,
+        dp=rows["dp"].size(),
+        dp_rank=rank // config.cp,
+        cp=config.cp,
+        cp_rank=rank % config.cp,
+        cp_group=rows["cp"].get_group(),
         shard=init_device_mesh(kind, (world_size,), mesh_dim_names=("dp",)),
         replicate=init_device_mesh(kind, (world_size, 1), mesh_dim_names=("dp_replicate", "one")),
     )

@@ -7,9 +7,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fulmen.models.init import init_rows
+from fulmen.models.lightning import LightningAttention
+from fulmen.models.moe import MoE
+from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, TextModel
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.sequence import gathered_attend, lasp_attend, sum_counts
 from fulmen.parallel.zero import ZeroEngine, local_rows
 
 
@@ -25,8 +29,8 @@ def parallelize(
 ) -> ZeroEngine:
     """Spread a model that was built on the meta device and give it its initial values.
 
-    The order is: compilation or activation checkpointing, ZeRO from the inside out, memory, values.
-    Nothing is allocated before each rank knows its part.
+    The order is: compilation or activation checkpointing, rows over ranks, ZeRO from the inside
+    out, memory, values. Nothing is allocated before each rank knows its part.
     """
     blocks = [block for block in model.layers if isinstance(block, Block)]
     assert len(blocks) == len(model.layers)
@@ -36,6 +40,8 @@ def parallelize(
         if activation_checkpointing == "full":
             _checkpoint_activations(block)
 
+    if mesh.cp > 1:
+        spread_rows(model, mesh)
     dense_stage = config.zero_stage
     expert_stage = dense_stage if config.expert_zero_stage is None else config.expert_zero_stage
     engine = ZeroEngine(model, mesh, dtype=dtype)
@@ -60,6 +66,21 @@ def parallelize(
                 first_column=first_column,
             )
     return engine
+
+
+def spread_rows(model: TextModel, mesh: Mesh) -> None:
+    """Give every layer its way to work on a part of a row; a layer without one is an error."""
+    attend = {LightningAttention: lasp_attend, SoftmaxAttention: gathered_attend}
+    for name, module in model.named_modules():
+        if type(module) in attend:
+            module.attend = partial(attend[type(module)], module, mesh.cp_group)
+        elif hasattr(module, "attend"):
+            raise TypeError(
+                f"{name} ({type(module).__name__}) attends to other tokens, but parallel/plan.py "
+                "has no way to spread it over parallel.cp ranks"
+            )
+        elif isinstance(module, MoE):
+            module.count_over_row = partial(sum_counts, mesh.cp_group)
 
 
 def _checkpoint_activations(block: nn.Module) -> None:

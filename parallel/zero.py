@@ -73,13 +73,13 @@ class ZeroEngine:
     def _expert_placement(self, parameter: nn.Parameter) -> Shard:
         # Whole experts per rank as long as there are enough of them; else split inside each one.
         # Fewer experts than ranks on dim 0 would pad every rank to a whole expert.
-        if parameter.shape[0] >= self.mesh.dp:
+        if parameter.shape[0] >= self.mesh.world_size:
             return Shard(0)
         for dim in (1, 2):
-            if parameter.shape[dim] % self.mesh.dp == 0:
+            if parameter.shape[dim] % self.mesh.world_size == 0:
                 return Shard(dim)
         raise ValueError(
-            f"{self.mesh.dp} ranks cannot share the experts: they are more than "
+            f"{self.mesh.world_size} ranks cannot share the experts: they are more than "
             f"model.num_experts={parameter.shape[0]} and divide neither model.expert_hidden_size "
             "nor model.hidden_size; change the number of processes, or set "
             "parallel.expert_zero_stage=0"

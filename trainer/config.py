@@ -80,7 +80,8 @@ class TrainerConfig:
     max_tokens: int | None = None
     """Trained tokens, without padding; null = the sum of schedule.phases."""
     micro_batch_tokens: int = MISSING
-    """Tokens of one forward and backward pass on one rank, padding included."""
+    """Tokens of one forward and backward pass on one data-parallel rank, padding included; the
+    parallel.cp ranks of a row share them."""
     dtype: str = "bfloat16"
     """Of the forward and backward pass: bfloat16 or float32. Weights and sums are fp32."""
     activation_checkpointing: str = "none"
@@ -159,6 +160,10 @@ def check_config(config: RunConfig, world_size: int) -> None:
             "trainer.compile=true does not go with trainer.activation_checkpointing=full: a block "
             "compiled anew for its second pass saves other tensors; choose one of the two"
         )
+    if config.trainer.compile and config.parallel.cp > 1:
+        raise ValueError(
+            "trainer.compile=true does not go with parallel.cp above 1 yet: choose one of the two"
+        )
     for phase in config.schedule.phases:
         _check_choice("schedule.phases[].decay", phase.decay, ["constant", "exponential"])
     if not config.schedule.phases:
@@ -226,13 +231,19 @@ def _check_batches(config: RunConfig, world_size: int) -> None:
     sizes = [("data.global_batch_tokens", config.data.global_batch_tokens)]
     for step in config.schedule.batch_ramp:
         sizes.append(("schedule.batch_ramp[].global_batch_tokens", step.global_batch_tokens))
+    dp = world_size // config.parallel.cp
     for key, size in sizes:
-        if size < 1 or size % (micro * world_size):
+        if size < 1 or size % (micro * dp):
             raise ValueError(
                 f"{key}={size} is not a multiple of trainer.micro_batch_tokens={micro} times "
-                f"{world_size} data-parallel rank(s) = {micro * world_size}: change one of them, "
-                "or the number of processes"
+                f"{dp} data-parallel rank(s) = {micro * dp}: change one of them, or the number of "
+                "processes"
             )
+    if micro % config.parallel.cp:
+        raise ValueError(
+            f"trainer.micro_batch_tokens={micro} is not a multiple of "
+            f"parallel.cp={config.parallel.cp}: change one of the two"
+        )
 
 
 def check_run_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from fulmen.data.shards import PreparedSplit
 from fulmen.kernels.cross_entropy.op import IGNORE_INDEX
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.mesh import Mesh
+from fulmen.trainer.inputs import model_inputs
 
 
 @torch.no_grad()
@@ -35,16 +36,11 @@ def evaluate(
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp,
         ):
-            output = model(
-                batch.input_ids.to(mesh.device),
-                labels=batch.labels.to(mesh.device),
-                cu_seqlens=batch.cu_seqlens.to(mesh.device),
-                document_lengths=batch.cu_seqlens.diff().tolist(),
-                num_tokens=batch.num_tokens,
-            )
+            inputs = model_inputs(batch, mesh)
+            output = model(**inputs)
             assert isinstance(output, LossOutput)
             sums[0] += output.loss_sum.double()
-            sums[1] += (batch.labels != IGNORE_INDEX).sum()
+            sums[1] += (inputs["labels"] != IGNORE_INDEX).sum()
         dist.all_reduce(sums)
         losses[name] = (sums[0] / sums[1]).item()
     model.train()

@@ -23,6 +23,7 @@ from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.evaluate import evaluate
 from fulmen.trainer.flops import Throughput, device_peak
+from fulmen.trainer.inputs import model_inputs
 from fulmen.trainer.manifest import CheckpointError
 from fulmen.trainer.metrics import MetricsLogger, NullMetrics
 from fulmen.trainer.optim import Optimizer
@@ -146,20 +147,9 @@ class Trainer:
         self.checkpointer.close()
 
     def _forward(self, batch: PackedBatch) -> LossOutput:
-        output = self.model(
-            self._to_device(batch.input_ids),
-            labels=self._to_device(batch.labels),
-            cu_seqlens=self._to_device(batch.cu_seqlens),
-            document_lengths=batch.cu_seqlens.diff().tolist(),
-            num_tokens=batch.num_tokens,
-        )
+        output = self.model(**model_inputs(batch, self.mesh))
         assert isinstance(output, LossOutput)
         return output
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.mesh.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.mesh.device, non_blocking=True)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {

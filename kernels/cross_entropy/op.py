@@ -43,7 +43,8 @@ def linear_cross_entropy(
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"linear_cross_entropy: labels must be int64, got {labels.dtype}")
-    if choose("cross_entropy", ("triton", why_not_triton(hidden, weight)), ("torch", "")) == "triton":
+    reason = why_not_triton(hidden, weight)
+    if choose("cross_entropy", ("triton", reason), ("torch", "")) == "triton":
         from fulmen.kernels.cross_entropy.triton_cross_entropy import triton_linear_cross_entropy
 
         return triton_linear_cross_entropy(hidden, weight, labels, z_loss=z_loss)

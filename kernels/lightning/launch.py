@@ -4,7 +4,6 @@
 triton_scan.py.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fulmen.kernels.lightning.op import DTYPES, HEAD_DIMS
+from fulmen.kernels.common import DTYPES, num_processors
+from fulmen.kernels.lightning.op import HEAD_DIMS
 from fulmen.kernels.lightning.triton_chunks import chunk_table_kernel
 from fulmen.kernels.lightning.triton_scan import carry_kernel, local_state_kernel, scan_kernel
 
@@ -67,13 +67,6 @@ def choose_num_pieces(chunks: int, programs: int, num_processors: int) -> int:
     return best
 
 
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return PROCESSORS_WITHOUT_GPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @dataclass(frozen=True)
 class Plan:
     """Sizes of all launches of one call; from shapes alone, so that fake tensors can make one."""
@@ -121,7 +114,9 @@ def _make_plan(q: Tensor, cu_seqlens: Tensor | None, piece_tokens: int) -> Plan:
         piece_chunks, in_turn = piece_tokens // tile.block_tokens, False
     else:
         programs = batch * heads * (head_dim // tile.block_values)
-        pieces = choose_num_pieces(chunks, programs, _num_processors(q.device))
+        pieces = choose_num_pieces(
+            chunks, programs, num_processors(q.device, PROCESSORS_WITHOUT_GPU)
+        )
         in_turn = pieces == 1
         windows = (chunks * tile.block_tokens + WINDOW_TOKENS // 2) // WINDOW_TOKENS
         piece_chunks = -(-chunks // max(pieces, windows, 1))

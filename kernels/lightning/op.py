@@ -5,10 +5,10 @@ import itertools
 import torch
 from torch import Tensor
 
+from fulmen.kernels.common import why_not_triton
 from fulmen.kernels.lightning.reference import chunked_lightning_attention
 from fulmen.kernels.registry import choose
 
-DTYPES = (torch.float32, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 """Of the Triton kernels."""
 
@@ -56,7 +56,7 @@ def lightning_attention(
             f"got {tuple(initial_state.shape)}"
         )
 
-    if choose("lightning", ("triton", why_not_triton(q)), ("torch", "")) == "triton":
+    if choose("lightning", ("triton", why_not(q)), ("torch", "")) == "triton":
         from fulmen.kernels.lightning import launch
 
         return launch.triton_lightning_attention(
@@ -79,14 +79,12 @@ def lightning_attention(
     return torch.cat(outputs, dim=1), final_state
 
 
-def why_not_triton(q: Tensor) -> str:
+def why_not(q: Tensor) -> str:
     """Why the Triton kernels cannot take this input, or ""."""
-    if not q.is_cuda:
-        return "needs a CUDA tensor"
+    if reason := why_not_triton(q):
+        return reason
     if not _has_copy_engine(q.device.index):
         return "needs compute capability 9.0 or 10.0"
-    if q.dtype not in DTYPES:
-        return "needs bf16 or fp32"
     if q.shape[3] not in HEAD_DIMS:
         return "needs a head_dim that is a power of two from 16 to 256"
     return ""

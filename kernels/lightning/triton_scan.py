@@ -38,18 +38,7 @@ import triton
 import triton.language as tl
 
 from fulmen.kernels.lightning.triton_chunks import chunk_at, chunks_of, rows_between
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def product(a, b, accumulator):
-    """`accumulator + a @ b` in fp32, exact for fp32 operands (no tf32)."""
-    # Triton's interpreter keeps bf16 as 16-bit integers and would multiply those.
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision="ieee")
+from fulmen.kernels.triton_common import INTERPRETED, product
 
 
 @triton.jit

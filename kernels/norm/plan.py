@@ -87,8 +87,9 @@ def make_plan(x: Tensor, *, num_inputs: int, warps_per_processor: int) -> Plan:
     # The longest rows need more registers a thread than the others.
     together = warps_per_processor // num_warps if padded <= threads * NUMBERS_PER_THREAD else 1
     fitting = SHARED_BYTES_PER_PROCESSOR // (together * num_inputs * padded * x.element_size())
+    processors = num_processors(x.device, PROCESSORS_WITHOUT_GPU)
     return Plan(
-        programs=min(x.numel() // hidden, together * num_processors(x.device, PROCESSORS_WITHOUT_GPU)),
+        programs=min(x.numel() // hidden, together * processors),
         num_warps=num_warps,
         piece=piece,
         num_stages=1 + min(ROWS_IN_FLIGHT, fitting),

@@ -11,8 +11,10 @@ import pytest
 import torch
 from support.tiny import ROOT
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fulmen.kernels import registry
+from fulmen.kernels.common import why_not_triton
 from fulmen.kernels.config import AUTO, IMPLEMENTATIONS, KernelsConfig
 from fulmen.kernels.norm import rms_norm
 from fulmen.kernels.registry import choose, configure
@@ -145,6 +147,17 @@ def test_a_compiled_op_follows_configuration(messages: list[str]) -> None:
     configure({"norm": "torch"})
     torch.testing.assert_close(normed(torch.full((2, 4), 3.0)), torch.ones(2, 4))
     assert messages == ["kernels: norm runs on torch (configured)"]
+
+
+def test_why_not_triton() -> None:
+    with FakeTensorMode():  # which has a GPU on every machine
+        low, wide = (
+            torch.empty(2, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float64)
+        )
+        assert why_not_triton(low, low.float()) == ""
+        assert why_not_triton(low, wide) == "needs bf16 or fp32"
+        assert why_not_triton(low, low.cpu()) == "needs a CUDA tensor"
+        assert why_not_triton(wide.cpu()) == "needs a CUDA tensor"
 
 
 def test_every_key_has_its_implementations() -> None:

@@ -12,11 +12,17 @@ pytestmark = pytest.mark.fast
 RENDEZVOUS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
-@pytest.mark.parametrize("axis", ["cp", "ep", "etp"])
+@pytest.mark.parametrize("axis", ["ep", "etp"])
 @pytest.mark.parametrize("value", [0, 2])
 def test_unsupported_axes_are_named(axis: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"parallel\.{axis}={value}: only 1 .* 4 process"):
+    with pytest.raises(ValueError, match=rf"parallel\.{axis}={value}: only 1 is supported"):
         check_parallel(ParallelConfig(**{axis: value}), 4)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 3, 8])
+def test_rows_that_cannot_be_shared_are_named(value: int) -> None:
+    with pytest.raises(ValueError, match=rf"parallel\.cp={value} does not divide the 4 process"):
+        check_parallel(ParallelConfig(cp=value), 4)
 
 
 @pytest.mark.parametrize("key", ["zero_stage", "expert_zero_stage"])

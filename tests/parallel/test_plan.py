@@ -5,6 +5,7 @@ from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.tiny import tiny_model
 from torch import nn
 from torch._dynamo.utils import counters
@@ -134,6 +135,9 @@ def test_ranks_that_cannot_share_the_experts_are_told() -> None:
         rank=0,
         dp=4,
         dp_rank=0,
+        cp=1,
+        cp_rank=0,
+        cp_group=cast(dist.ProcessGroup, None),
         shard=cast(DeviceMesh, None),
         replicate=cast(DeviceMesh, None),
     )

@@ -51,7 +51,7 @@ MISTAKES = [
     (put("model.num_experts_per_token", 5), r"num_experts_per_token=5 exceeds model\.num_exp.*=4"),
     (put("model.softmax_every", -1), r"model\.softmax_every=-1"),
     (put("moe.capacity_factor", 0.0), r"moe\.capacity_factor=0\.0: must be positive, or null"),
-    (put("parallel.cp", 2), r"parallel\.cp=2"),
+    (put("parallel.cp", 3), r"parallel\.cp=3 does not divide"),
     (put("parallel.zero_stage", 4), r"parallel\.zero_stage=4: must be 0, 1, 2 or 3"),
     (put("optim.name", "sgd"), r"optim\.name=sgd: must be one of adamw, apex_fused_adam"),
     (put("trainer.dtype", "float16"), r"trainer\.dtype=float16: must be one of bfloat16, float32"),

@@ -1,0 +1,210 @@
+"""Context parallelism: a row's tokens are spread over the ranks of one group, in contiguous parts.
+
+Documents may begin, end or cross anywhere. Every rank knows the boundaries of the whole row, so
+what has to be exchanged is known without asking:
+
+- lightning layers (LASP+, arXiv:2501.08313 section 3.2, with decay and documents): the state of the
+  document that reaches a part's end is gathered, `[heads, head_dim, head_dim]` in fp32 a rank
+  whatever the length, and combined with the decay over the tokens between;
+- softmax layers: keys and values are gathered;
+- the load-balancing loss: counts of assignments are summed.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fulmen.kernels.attention import softmax_attention
+from fulmen.kernels.lightning import lightning_attention
+from fulmen.models.layers import Context, decay_slopes
+from fulmen.models.lightning import LightningAttention
+from fulmen.models.softmax import SoftmaxAttention
+
+STATE_TOKENS = 8192
+"""Tokens whose keys and values are held in fp32 at a time."""
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """Where one rank's part of a row lies in it."""
+
+    rank: int
+    size: int
+    tokens: int
+    """Of each part."""
+    bounds: tuple[int, ...]
+    """Of all documents of the row, from 0 to its end."""
+
+    @property
+    def first(self) -> int:
+        """Index in the row of the part's first token."""
+        return self.rank * self.tokens
+
+    def document_before(self, token: int) -> int:
+        """First token of the document that the token in front of `token` belongs to."""
+        return max(bound for bound in self.bounds if bound < token)
+
+    def reaches(self, sender: int, receiver: int) -> bool:
+        """Whether a document's state goes from the end of one part into the start of another."""
+        return sender < receiver and (
+            self.document_before((sender + 1) * self.tokens)
+            == self.document_before(receiver * self.tokens + 1)
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document in this part, without empty ones."""
+        end = self.first + self.tokens
+        inside = sorted({bound for bound in self.bounds if self.first < bound < end})
+        return [b - a for a, b in pairwise([self.first, *inside, end])]
+
+
+def lasp_attend(
+    layer: LightningAttention,
+    group: dist.ProcessGroup,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Context,
+) -> Tensor:
+    """`LightningAttention.attend` on a part of a row."""
+    slopes = decay_slopes(layer.num_heads, layer.layer, layer.num_layers, q.device)
+    assert isinstance(context.row_part, RowPart)
+    return lasp_attention(q, k, v, slopes, context.row_part, context.cu_seqlens, group)
+
+
+def lasp_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    part: RowPart,
+    cu_seqlens: Tensor | None,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """Lightning attention on `[1, tokens, heads, head_dim]`, this rank's part of a row.
+
+    `cu_seqlens` are the boundaries inside the part.
+    """
+    lengths = part.lengths
+    last = part.tokens - lengths[-1]
+    state = _closing_state(k[0, last:], v[0, last:], slopes)
+    entering = _ExchangeStates.apply(state, _weights(part, slopes), part.rank, group)
+    first = lengths[0]
+    output, _ = lightning_attention(
+        q[:, :first], k[:, :first], v[:, :first], slopes, initial_state=entering[None]
+    )
+    if len(lengths) == 1:
+        return output
+    assert cu_seqlens is not None
+    rest, _ = lightning_attention(
+        q[:, first:], k[:, first:], v[:, first:], slopes, cu_seqlens=cu_seqlens[1:] - first
+    )
+    return torch.cat([output, rest], dim=1)
+
+
+def _closing_state(k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    """`sum_j l^(n-1-j) k_j v_j^T` of `[n, heads, head_dim]` tokens, fp32 at least."""
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    state = k.new_zeros(k.shape[1], k.shape[2], v.shape[2], dtype=dtype)
+    for start in range(0, k.shape[0], STATE_TOKENS):
+        end = min(start + STATE_TOKENS, k.shape[0])
+        behind = torch.arange(k.shape[0] - 1 - start, k.shape[0] - 1 - end, -1, device=k.device)
+        weight = torch.exp(-slopes.to(dtype) * behind[:, None])
+        keys = k[start:end].to(dtype) * weight[:, :, None]
+        state = state + torch.einsum("thd,the->hde", keys, v[start:end].to(dtype))
+    return state
+
+
+def _weights(part: RowPart, slopes: Tensor) -> Tensor:
+    """`[receiver, sender, heads]`: what is left of a sender's state at a receiver's first token."""
+    index = range(part.size)
+    reaches = torch.tensor([[part.reaches(s, r) for s in index] for r in index])
+    between = torch.tensor([[max(r - s - 1, 0) * part.tokens for s in index] for r in index])
+    reaches, between = (x.to(slopes.device)[:, :, None] for x in (reaches, between))
+    return torch.exp(-slopes.double() * between) * reaches
+
+
+class _ExchangeStates(torch.autograd.Function):
+    """State that enters this rank's part, from the states at the ends of all parts.
+
+    One gather forward and one backward, each of a state a rank.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, state: Tensor, weights: Tensor, rank: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.save_for_backward(weights)
+        ctx.rank, ctx.group = rank, group
+        states = _gather(state, group)
+        return torch.einsum("sh,shde->hde", weights[rank].to(state.dtype), states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
+        received = _gather(gradients[0], ctx.group)
+        weights = weights[:, ctx.rank].to(received.dtype)
+        return torch.einsum("rh,rhde->hde", weights, received), None, None, None
+
+
+def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[ranks, ...]` of every rank's tensor."""
+    parts = tensor.new_empty(group.size(), *tensor.shape)
+    dist.all_gather(list(parts), tensor.contiguous(), group=group)
+    return parts
+
+
+def gathered_attend(
+    layer: SoftmaxAttention,
+    group: dist.ProcessGroup,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Context,
+) -> Tensor:
+    """`SoftmaxAttention.attend` on a part of a row."""
+    assert isinstance(context.row_part, RowPart)
+    return gathered_attention(q, k, v, context.row_part, group)
+
+
+def gathered_attention(
+    q: Tensor, k: Tensor, v: Tensor, part: RowPart, group: dist.ProcessGroup
+) -> Tensor:
+    """Causal attention on `[1, tokens, heads, head_dim]`, this rank's part, to all keys before."""
+    k, v = (_GatherTokens.apply(x[0], group) for x in (k, v))
+    outputs, start = [], part.first
+    for length in part.lengths:
+        end = start + length
+        keys = slice(part.document_before(start + 1), end)
+        here = slice(start - part.first, end - part.first)
+        outputs.append(softmax_attention(q[:, here], k[None, keys], v[None, keys]))
+        start = end
+    return torch.cat(outputs, dim=1)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """`[all tokens, ...]` from each rank's `[tokens, ...]`; gradients are summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(part, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        parts = list(gradients[0].contiguous().chunk(ctx.group.size()))
+        part = torch.empty_like(parts[0])
+        dist.reduce_scatter(part, parts, group=ctx.group)
+        return part, None
+
+
+def sum_counts(group: dist.ProcessGroup, counts: Tensor) -> Tensor:
+    """Assignments per expert over all parts of a row; `MoE.count_over_row`."""
+    total = counts.clone()
+    dist.all_reduce(total, group=group)
+    return total

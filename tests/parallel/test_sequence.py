@@ -1,0 +1,246 @@
+"""Rows spread over ranks: layers alone in fp64, and whole runs, equal one rank."""
+
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tiny import tiny_config
+from support.worlds import run_world
+from torch import Tensor, nn
+
+from fulmen.kernels.attention.reference import reference_attention
+from fulmen.kernels.lightning import lightning_attention
+from fulmen.models.text import TextModel
+from fulmen.parallel import sequence
+from fulmen.parallel.config import ParallelConfig
+from fulmen.parallel.mesh import build_mesh
+from fulmen.parallel.plan import spread_rows
+from fulmen.parallel.sequence import RowPart, gathered_attention, lasp_attention
+from fulmen.trainer.config import RunConfig
+from fulmen.trainer.loop import Trainer
+from fulmen.trainer.metrics import EVAL_PREFIX, read_metrics
+
+TOKENS, HEADS, DIM = 48, 2, 16
+SLOPES = [0.0, 0.4]
+DOCUMENTS = [
+    [48],
+    [1, 46, 1],  # one longer than all ranks but one
+    [12, 12, 12, 12],  # boundaries on the cut points of four ranks
+    [5, 19, 1, 23],
+    [30, 0, 18],
+    [1] * 48,
+]
+
+
+@st.composite
+def part_of_a_row(draw: st.DrawFn) -> RowPart:
+    size, tokens = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    cuts = draw(st.lists(st.integers(0, size * tokens), max_size=8))
+    rank = draw(st.integers(0, size - 1))
+    return RowPart(rank, size, tokens, (0, *sorted(cuts), size * tokens))
+
+
+@pytest.mark.fast
+@given(part_of_a_row())
+@settings(deadline=None)
+def test_a_part_knows_its_documents(part: RowPart) -> None:
+    document_of = [sum(bound <= t for bound in part.bounds) for t in range(part.size * part.tokens)]
+    mine = document_of[part.first : part.first + part.tokens]
+    assert part.lengths == [mine.count(document) for document in sorted(set(mine))]
+    for sender in range(part.size):
+        for receiver in range(part.size):
+            last, first = (sender + 1) * part.tokens - 1, receiver * part.tokens
+            same = sender < receiver and document_of[last] == document_of[first]
+            assert part.reaches(sender, receiver) == same
+    for token in range(1, len(document_of) + 1):
+        assert part.document_before(token) == document_of.index(document_of[token - 1])
+
+
+def inputs_of(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, weight = (
+        torch.randn(1, TOKENS, HEADS, DIM, generator=generator, dtype=torch.float64)
+        for _ in range(4)
+    )
+    return [x.to(dtype).requires_grad_() for x in (q, k, v)], weight
+
+
+def on_one_rank(kind: str, lengths: list[int], seed: int) -> list[Tensor]:
+    """Output and gradients in fp64."""
+    (q, k, v), weight = inputs_of(seed, torch.float64)
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    if kind == "lasp":
+        slopes = torch.tensor(SLOPES, dtype=torch.float64)
+        out, _ = lightning_attention(q, k, v, slopes, cu_seqlens=bounds)
+    else:
+        out = reference_attention(q, k[:, :, :1], v[:, :, :1], bounds)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v))]
+
+
+def on_many_ranks(
+    device: torch.device, kind: str, cases: list[list[int]], dtype: torch.dtype
+) -> list[list[Tensor]]:
+    """This rank's parts of the same, by case."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    assert dist.group.WORLD is not None
+    results = []
+    for seed, lengths in enumerate(cases):
+        leaves, weight = inputs_of(seed, dtype)
+        part = RowPart(rank, size, TOKENS // size, (0, *accumulate(lengths)))
+        here = slice(part.first, part.first + part.tokens)
+        q, k, v = (x[:, here] for x in leaves)
+        if kind == "lasp":
+            bounds = torch.tensor([0, *accumulate(part.lengths)], dtype=torch.int32)
+            slopes = torch.tensor(SLOPES, dtype=torch.promote_types(dtype, torch.float32))
+            out = lasp_attention(q, k, v, slopes, part, bounds, dist.group.WORLD)
+        else:
+            out = gathered_attention(q, k[:, :, :1], v[:, :, :1], part, dist.group.WORLD)
+        gradients = torch.autograd.grad((out * weight[:, here]).sum(), leaves)
+        results.append([out.detach(), *[gradient[:, here] for gradient in gradients]])
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["lasp", "gathered"])
+def test_layers_equal_one_rank(kind: str, size: int) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
+        parts = run_world(on_many_ranks, size, kind, DOCUMENTS, dtype)
+        for case, lengths in enumerate(DOCUMENTS):
+            wanted = on_one_rank(kind, lengths, case)
+            for index, want in enumerate(wanted):
+                got = torch.cat([part[case][index] for part in parts], dim=1).double()
+                error = (got - want).abs().max() / want.abs().max().clamp(min=0.1)
+                assert error <= tolerance, (kind, lengths, dtype, index, error)
+
+
+def count_bytes(device: torch.device, tokens: int) -> int:
+    """That one rank receives in a forward and backward pass of LASP+."""
+    received = 0
+    gather = dist.all_gather
+
+    def counted(out: list[Tensor], *args: Any, **options: Any) -> Any:
+        nonlocal received
+        received += sum(tensor.numel() * tensor.element_size() for tensor in out)
+        return gather(out, *args, **options)
+
+    dist.all_gather = counted
+    rank, size = dist.get_rank(), dist.get_world_size()
+    part = RowPart(rank, size, tokens, (0, size * tokens))
+    q, k, v = (torch.randn(1, tokens, HEADS, DIM, requires_grad=True) for _ in range(3))
+    assert dist.group.WORLD is not None
+    out = lasp_attention(q, k, v, torch.tensor(SLOPES), part, None, dist.group.WORLD)
+    out.sum().backward()
+    return received
+
+
+@pytest.mark.slow
+def test_lasp_sends_states_only() -> None:
+    for tokens in (8, 64):
+        expected = 2 * 2 * HEADS * DIM * DIM * 4  # two gathers of two ranks' fp32 states
+        assert run_world(count_bytes, 2, tokens) == [expected] * 2
+
+
+def losses_of(
+    device: torch.device, config: RunConfig, run_dir: Path
+) -> list[tuple[float, float, float]]:
+    run_dir.mkdir(exist_ok=True)
+    trainer = Trainer(config, build_mesh(config.parallel, device), run_dir)
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [(r["loss"], r["grad_norm"], r["aux_loss"]) for r in rows if "loss" in r]
+
+
+def config_of(data: Path, cp: int, zero_stage: int) -> RunConfig:
+    config = tiny_config(data, max_steps=8)
+    config.data.seq_len = 64  # a row of one or two documents crosses every cut
+    config.parallel = ParallelConfig(cp=cp, zero_stage=zero_stage)
+    config.log.every_steps = 1
+    config.evaluation.every_steps = 4
+    return config
+
+
+MESHES = [(2, 2, 1), (4, 2, 3), (4, 4, 2), (4, 4, 0)]
+"""(processes, cp, ZeRO stage)."""
+
+
+@pytest.mark.slow
+def test_runs_equal_one_rank(tiny_data: Path, tmp_path: Path) -> None:
+    wanted = run_world(losses_of, 1, config_of(tiny_data, 1, 1), tmp_path / "one")[0]
+    assert len(wanted) == 8
+    for size, cp, stage in MESHES:
+        config = config_of(tiny_data, cp, stage)
+        got = run_world(losses_of, size, config, tmp_path / f"{size}-{cp}-{stage}")[0]
+        for mine, one in zip(got, wanted, strict=True):
+            assert mine == pytest.approx(one, rel=1e-5), (size, cp, stage)
+        name = f"{size}-{cp}-{stage}"
+        ours, theirs = (held_out_losses(tmp_path / folder) for folder in (name, "one"))
+        assert len(theirs) == 2
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def held_out_losses(run_dir: Path) -> list[float]:
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [row[f"{EVAL_PREFIX}text"] for row in rows if f"{EVAL_PREFIX}text" in row]
+
+
+def broken_losses(device: torch.device, config: RunConfig, run_dir: Path, broken: str) -> Any:
+    if broken == "states":
+        sequence._weights = lambda part, slopes: torch.zeros(part.size, part.size, len(slopes))
+    elif broken == "state gradients":
+        sequence._ExchangeStates.backward = staticmethod(  # type: ignore[method-assign]
+            lambda ctx, gradient: (torch.zeros_like(gradient), None, None, None)
+        )
+    elif broken == "key gradients":
+        sequence.dist = _Without(dist, "reduce_scatter")  # type: ignore[assignment]
+    elif broken == "counts":
+        sequence.dist = _Without(dist, "all_reduce")  # type: ignore[assignment]
+    return losses_of(device, config, run_dir)
+
+
+class _Without:
+    """A module without what one of its functions does."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        self._module, self._name = module, name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._name:
+            return lambda tensor, *args, **options: tensor.zero_() if args else None
+        return getattr(self._module, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["", "states", "state gradients", "key gradients", "counts"])
+def test_every_exchange_matters(broken: str, tiny_data: Path, tmp_path: Path) -> None:
+    wanted = run_world(losses_of, 1, config_of(tiny_data, 1, 1), tmp_path / "one")[0]
+    config = config_of(tiny_data, 2, 1)
+    got = run_world(broken_losses, 2, config, tmp_path / "two", broken)[0]
+    near = [mine == pytest.approx(one, rel=1e-5) for mine, one in zip(got, wanted, strict=True)]
+    assert all(near) == (not broken)
+
+
+@pytest.mark.fast
+def test_a_layer_without_a_plan_stops_the_run(one_rank: torch.device, tiny_data: Path) -> None:
+    config = tiny_config(tiny_data)
+    with torch.device("meta"):
+        model = TextModel(config.model, config.moe)
+
+    class Windowed(nn.Module):
+        def attend(self) -> None: ...
+
+    model.layers[1].self_attn = Windowed()
+    with pytest.raises(TypeError, match=r"layers\.1\.self_attn \(Windowed\).*parallel\.cp"):
+        spread_rows(model, build_mesh(config.parallel, one_rank))
+
+
+assert all(sum(lengths) == TOKENS for lengths in DOCUMENTS)
+assert all(a <= b for a, b in pairwise(sorted(SLOPES)))
