@@ -70,17 +70,18 @@ def parallelize(
 
 def spread_rows(model: TextModel, mesh: Mesh) -> None:
     """Give every layer its way to work on a part of a row; a layer without one is an error."""
-    attend = {LightningAttention: lasp_attend, SoftmaxAttention: gathered_attend}
     for name, module in model.named_modules():
-        if type(module) in attend:
-            module.attend = partial(attend[type(module)], module, mesh.cp_group)
+        if isinstance(module, LightningAttention):
+            module.attend = partial(lasp_attend, module, mesh.cp_group)  # type: ignore[method-assign]
+        elif isinstance(module, SoftmaxAttention):
+            module.attend = partial(gathered_attend, module, mesh.cp_group)  # type: ignore[method-assign]
         elif hasattr(module, "attend"):
             raise TypeError(
                 f"{name} ({type(module).__name__}) attends to other tokens, but parallel/plan.py "
                 "has no way to spread it over parallel.cp ranks"
             )
         elif isinstance(module, MoE):
-            module.count_over_row = partial(sum_counts, mesh.cp_group)
+            module.count_over_row = partial(sum_counts, mesh.cp_group)  # type: ignore[method-assign]
 
 
 def _checkpoint_activations(block: nn.Module) -> None:
