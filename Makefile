@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_ID := $(or $(RUN_ID),$(shell date +%Y%m%d-%H%M%S))
 PROCESSES ?= 2
+# Test files run side by side; each uses one core, or a few processes for moments.
+TEST_WORKERS ?= 2
 # Of benchmarks/train_step.py; on a GPU: make bench BENCH=model=text01_1b
 BENCH ?= model=text01_tiny dtype=float32 micro_batch_tokens=2048 document_tokens=512 steps=20
 DATA := data_cache/stdlib
@@ -45,7 +47,7 @@ pretrain: $(STAMP) data  ## train a small Text-01 on real text, then let it writ
 
 test: $(STAMP)  ## every test
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-gpu: $(STAMP)  ## the tests that need a GPU, on a machine that has one
 	@FULMEN_TEST_GPU=1 $(BIN)/python -m pytest -m gpu

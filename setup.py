@@ -41,7 +41,7 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "transformers", "types-PyYAML", "triton"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "types-PyYAML", "triton"],
         "transformers": ["transformers>=5"],
     },
     entry_points={
