@@ -41,7 +41,16 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "types-PyYAML", "triton"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "transformers",
+            "types-PyYAML",
+            "triton",
+        ],
         "transformers": ["transformers>=5"],
     },
     entry_points={
