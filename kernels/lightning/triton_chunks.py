@@ -44,6 +44,18 @@ def chunk_at(chunks, index, row, tokens, BLOCK_TOKENS: tl.constexpr, PACKED: tl.
 
 
 @triton.jit
+def first_inside(chunks, begin, end, first_row):
+    """First of a piece's chunks with no row before the piece's; their rows rise."""
+    block: tl.constexpr = 128
+    outside = 0
+    for start in range(begin, end, block):
+        index = start + tl.arange(0, block)
+        row = tl.load(chunks + 4 * index, mask=index < end, other=2**30)
+        outside += tl.sum((row < first_row).to(tl.int32), axis=0)
+    return begin + outside
+
+
+@triton.jit
 def rows_between(
     chunks,
     begin,

@@ -37,7 +37,7 @@ The README has the floors and the measurements.
 import triton
 import triton.language as tl
 
-from fulmen.kernels.lightning.triton_chunks import chunk_at, chunks_of, rows_between
+from fulmen.kernels.lightning.triton_chunks import chunk_at, chunks_of, first_inside, rows_between
 from fulmen.kernels.triton_common import INTERPRETED, product
 
 
@@ -159,11 +159,12 @@ def await_stores(condition):
 
 
 @triton.jit
-def store_tail(out, stride, first, result):
-    """Writes the rows of a chunk that are not before the first, at which `out` points."""
-    row = first + tl.arange(0, result.shape[0])[:, None]
-    tile = out + row * tl.cast(stride, tl.int64) + tl.arange(0, result.shape[1])[None, :]
-    tl.store(tile, result, mask=row >= 0)
+def store_tokens(out, stride, first, count, result):
+    """Writes the last `count` rows of a chunk, its tokens; `out` points at row 0."""
+    block: tl.constexpr = result.shape[0]
+    row = tl.arange(0, block)[:, None]
+    tile = out + (first + row) * tl.cast(stride, tl.int64) + tl.arange(0, result.shape[1])[None, :]
+    tl.store(tile, result, mask=row + count >= block)
 
 
 @triton.jit
@@ -210,10 +211,13 @@ def scan(
     HAS_OUTER: tl.constexpr,
     STORE_LEAVING: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """Runs over the chunks of a piece, writes its outputs, returns the state that leaves it."""
+    """Runs over chunks of a piece, writes their outputs, returns the state that leaves them.
+
+    MASKED: the chunks begin before the piece, where the copy engine takes no place.
+    """
     block_values: tl.constexpr = state.shape[0]
     head_dim: tl.constexpr = state.shape[1]
     token = tl.arange(0, BLOCK_TOKENS)
@@ -240,21 +244,15 @@ def scan(
                 )
                 state = tl.load(tile)
         result = chunk_output(a_chunk, b_chunk, c_chunk, state, reach, entering)
-        if PACKED:
+        if PACKED and not MASKED:
             # The previous document's last chunk may have written over this one's rows; a document's
             # other chunks follow full ones.
             await_stores(starts)
         # An empty document's chunk has no row of its own: what it computed goes where none is.
         place = tl.where(count == 0, tokens + BLOCK_TOKENS, first - out_first)
         result = tl.trans(result).to(a_chunk.dtype)
-        if PACKED and REVERSE and not PADDED:
-            # The copy engine cuts off what lies behind its rows, but takes no place before them.
-            if place >= 0:
-                out_rows.store([place, 0], result)
-            else:
-                # `await_stores` held back one thread; here all of them store.
-                tl.debug_barrier()
-                store_tail(out_columns, out_stride, place, result)
+        if MASKED:
+            store_tokens(out_columns, out_stride, first - out_first, count, result)
         else:
             out_rows.store([place, 0], result)
         weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
@@ -336,41 +334,47 @@ def scan_kernel(
     if IS_CUT:
         tile = state_tile(cut_states, cut, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED)
         state = tl.load(tile, mask=is_inside, other=0.0)
-    # A branch in the loop makes it wait for all products of a chunk, so that of rows that are not
-    # packed, whose sequence begins and ends with the row, stands outside.
+    # A branch in the loop is slow, so that of rows that are not packed stands outside.
     if HAS_OUTER and not PACKED:
         tile = state_tile(
             outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
         )
         state += tl.load(tile, mask=is_inside == 0, other=0.0)
-    state = scan(
-        a_rows,
-        b_rows,
-        c_rows,
-        out_rows,
-        out_start + row * out_strides[0] + head * HEAD_DIM + column,
-        out_strides[1],
-        out_first,
-        state,
-        log2_decay,
-        outer_states,
-        leaving_states,
-        chunks,
-        begin,
-        end,
-        row,
-        tokens,
-        heads,
-        head,
-        column,
-        BLOCK_TOKENS,
-        PACKED,
-        HAS_OUTER,
-        STORE_LEAVING,
-        TRANSPOSED,
-        PADDED,
-        REVERSE,
-    )
+    # Chunks that begin before the piece come in a loop of their own: a branch costs the pipeline.
+    two_parts: tl.constexpr = PACKED and REVERSE and not PADDED
+    inside = first_inside(chunks, begin, end, out_first) if two_parts else begin
+    for part in tl.static_range(2 if two_parts else 1):
+        if part == 1:
+            await_stores(inside >= 0)  # others will write over what the copy engine stored
+            tl.debug_barrier()
+        state = scan(
+            a_rows,
+            b_rows,
+            c_rows,
+            out_rows,
+            out_start + row * out_strides[0] + head * HEAD_DIM + column,
+            out_strides[1],
+            out_first,
+            state,
+            log2_decay,
+            outer_states,
+            leaving_states,
+            chunks,
+            begin if part == 1 else inside,
+            inside if part == 1 else end,
+            row,
+            tokens,
+            heads,
+            head,
+            column,
+            BLOCK_TOKENS,
+            PACKED,
+            HAS_OUTER,
+            STORE_LEAVING,
+            TRANSPOSED,
+            part == 1,
+            REVERSE,
+        )
     cut, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
     if STORE_CUT:
         tile = state_tile(cut_states, cut, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED)
