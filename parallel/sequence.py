@@ -10,7 +10,9 @@ what has to be exchanged is known without asking:
 - the load-balancing loss: counts of assignments are summed.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -46,16 +48,21 @@ class RowPart:
 
     def document_before(self, token: int) -> int:
         """First token of the document that the token in front of `token` belongs to."""
-        return max(bound for bound in self.bounds if bound < token)
+        return self.bounds[bisect_left(self.bounds, token) - 1]
 
-    def reaches(self, sender: int, receiver: int) -> bool:
-        """Whether a document's state goes from the end of one part into the start of another."""
-        return sender < receiver and (
-            self.document_before((sender + 1) * self.tokens)
-            == self.document_before(receiver * self.tokens + 1)
-        )
+    @cached_property
+    def first_sender(self) -> int:
+        """First rank at whose end the document of this part's first token has begun; or `rank`."""
+        return min(self.rank, self.document_before(self.first + 1) // self.tokens)
 
-    @property
+    @cached_property
+    def last_receiver(self) -> int:
+        """Last rank at whose start the document of this part's last token goes on; or `rank`."""
+        end = self.first + self.tokens
+        behind = self.bounds[bisect_left(self.bounds, end)]
+        return max(self.rank, (behind - 1) // self.tokens)
+
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each document in this part, without empty ones."""
         end = self.first + self.tokens
@@ -93,7 +100,7 @@ def lasp_attention(
     lengths = part.lengths
     last = part.tokens - lengths[-1]
     state = _closing_state(k[0, last:], v[0, last:], slopes)
-    entering = _ExchangeStates.apply(state, _weights(part, slopes), part.rank, group)
+    entering = _ExchangeStates.apply(state, slopes, part, group)
     first = lengths[0]
     output, _ = lightning_attention(
         q[:, :first], k[:, :first], v[:, :first], slopes, initial_state=entering[None]
@@ -120,35 +127,37 @@ def _closing_state(k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
     return state
 
 
-def _weights(part: RowPart, slopes: Tensor) -> Tensor:
-    """`[receiver, sender, heads]`: what is left of a sender's state at a receiver's first token."""
-    index = range(part.size)
-    reaches = torch.tensor([[part.reaches(s, r) for s in index] for r in index])
-    between = torch.tensor([[max(r - s - 1, 0) * part.tokens for s in index] for r in index])
-    reaches, between = (x.to(slopes.device)[:, :, None] for x in (reaches, between))
-    return torch.exp(-slopes.double() * between) * reaches
+def _remaining(part: RowPart, slopes: Tensor, between: Tensor, reached: Tensor) -> Tensor:
+    """`[ranks, heads]`: what is left of a state after so many parts, 0 where it does not go."""
+    decay = torch.exp(-slopes.double() * (part.tokens * between.clamp(min=0))[:, None])
+    return decay * reached[:, None]
 
 
 class _ExchangeStates(torch.autograd.Function):
     """State that enters this rank's part, from the states at the ends of all parts.
 
-    One gather forward and one backward, each of a state a rank.
+    One gather forward and one backward, each of a state a rank. Nothing waits for the device.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, state: Tensor, weights: Tensor, rank: int, group: dist.ProcessGroup
+        ctx: Any, state: Tensor, slopes: Tensor, part: RowPart, group: dist.ProcessGroup
     ) -> Tensor:
-        ctx.save_for_backward(weights)
-        ctx.rank, ctx.group = rank, group
-        states = _gather(state, group)
-        return torch.einsum("sh,shde->hde", weights[rank].to(state.dtype), states)
+        ctx.save_for_backward(slopes)
+        ctx.part, ctx.group = part, group
+        sender = torch.arange(part.size, device=state.device)
+        reached = (sender >= part.first_sender) & (sender < part.rank)
+        weights = _remaining(part, slopes, part.rank - 1 - sender, reached)
+        return torch.einsum("sh,shde->hde", weights.to(state.dtype), _gather(state, group))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (weights,) = ctx.saved_tensors
-        received = _gather(gradients[0], ctx.group)
-        weights = weights[:, ctx.rank].to(received.dtype)
+        (slopes,) = ctx.saved_tensors
+        part, (gradient,) = ctx.part, gradients
+        receiver = torch.arange(part.size, device=gradient.device)
+        reached = (receiver > part.rank) & (receiver <= part.last_receiver)
+        weights = _remaining(part, slopes, receiver - part.rank - 1, reached).to(gradient.dtype)
+        received = _gather(gradient, ctx.group)
         return torch.einsum("rh,rhde->hde", weights, received), None, None, None
 
 
