@@ -77,7 +77,12 @@ def random_experts(tokens: int, k: int, num_experts: int, *, dropped: bool = Tru
 
 
 def compare_gradients(
-    mine: Tensor, wanted: Tensor, leaves: list[Tensor], wanted_leaves: list[Tensor]
+    mine: Tensor,
+    wanted: Tensor,
+    leaves: list[Tensor],
+    wanted_leaves: list[Tensor],
+    *,
+    least: float = 1e-3,
 ) -> None:
     """Of a random projection, whose numbers bf16 holds exactly."""
     projection = random(*mine.shape, dtype=torch.bfloat16, seed=7)
@@ -86,7 +91,7 @@ def compare_gradients(
     want = torch.autograd.grad(wanted, wanted_leaves, given, retain_graph=True)
     for index, (leaf, a, b) in enumerate(zip(leaves, got, want, strict=True)):
         assert a.dtype == leaf.dtype
-        assert_near(a, b, TOLERANCE[leaf.dtype], f"gradient {index}")
+        assert_near(a, b, TOLERANCE[leaf.dtype], f"gradient {index}", least=least)
 
 
 # The router.
@@ -110,8 +115,9 @@ def test_route(
     assert weights.dtype == probabilities.dtype == torch.float32
     assert_near(weights, wanted[1], 1e-6, "weights")
     assert_near(probabilities, wanted[2], 1e-6, "probabilities")
-    for mine, theirs in ((weights, wanted[1]), (probabilities, wanted[2])):
-        compare_gradients(mine, theirs, [logits], [wanted_logits])
+    # The one weight of k = 1 is 1 whatever the logits: its gradient is the rounding of 1 - 1.
+    compare_gradients(weights, wanted[1], [logits], [wanted_logits], least=0.1)
+    compare_gradients(probabilities, wanted[2], [logits], [wanted_logits])
     compare_gradients(
         torch.cat([weights, probabilities], 1),
         torch.cat([wanted[1], wanted[2]], 1),
