@@ -1,1 +1,1 @@
-"""Operations on the hot path, one folder each: a readable reference and the public op."""
+"""Operations on the hot path, one folder each: a reference, Triton kernels and the public op."""

@@ -499,11 +499,8 @@ def triton_lightning_attention(
     if q.shape[1] == 0:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (sequences, q.shape[2], q.shape[3], q.shape[3])
-        final_state = (
-            q.new_zeros(shape, dtype=torch.float32)
-            if initial_state is None
-            else (initial_state.float())
-        )
+        zeros = q.new_zeros(shape, dtype=torch.float32)
+        final_state = zeros if initial_state is None else initial_state.float()
         return v.clone(), final_state if output_final_state else None
     out, final_state, _ = _attend(
         q,

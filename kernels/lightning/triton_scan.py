@@ -79,9 +79,9 @@ def rows_of(
     Reads behind the row give 0, writes there do nothing.
     """
     start = tensor + row * tl.cast(strides[0], tl.int64) + head * tl.cast(strides[2], tl.int64)
-    # A descriptor of no rows is invalid; of an empty row nothing is read.
-    shape = [tl.maximum(tokens, 1), WIDTH]
-    return tl.make_tensor_descriptor(start + column, shape, [strides[1], 1], [BLOCK_TOKENS, WIDTH])
+    return tl.make_tensor_descriptor(
+        start + column, [tokens, WIDTH], [strides[1], 1], [BLOCK_TOKENS, WIDTH]
+    )
 
 
 @triton.jit
@@ -248,12 +248,12 @@ def scan(
             # The previous document's last chunk may have written over this one's rows; a document's
             # other chunks follow full ones.
             await_stores(starts)
-        # An empty document's chunk has no row of its own: what it computed goes where none is.
-        place = tl.where(count == 0, tokens + BLOCK_TOKENS, first - out_first)
         result = tl.trans(result).to(a_chunk.dtype)
         if MASKED:
             store_tokens(out_columns, out_stride, first - out_first, count, result)
         else:
+            # An empty document's chunk has no row of its own: what it computed goes where none is.
+            place = tl.where(count == 0, tokens + BLOCK_TOKENS, first - out_first)
             out_rows.store([place, 0], result)
         weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
         state = product(weighed, b_chunk, state * carry)
