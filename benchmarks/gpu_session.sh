@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What a machine with one GPU can show, stage by stage: correctness first, then times.
 #
-#     bash benchmarks/gpu_session.sh [tests] [large] [losses] [kernels] [rivals] [steps]
+#     bash benchmarks/gpu_session.sh [lightning] [tests] [large] [losses] [kernels] [rivals] [steps]
 #
 # Without names it runs all, which takes about 25 minutes. Results go to the folder $OUT, all output
-# to $OUT/session.log; the exit status tells whether every stage went well. Wheels that the machine lacks lie in .whl, prepared data in
-# data_cache/stdlib; both are optional.
+# to $OUT/session.log; the exit status tells whether every stage went well. Wheels that the machine
+# lacks lie in .whl, prepared data in data_cache/stdlib; both are optional.
 set -uo pipefail
 out=${OUT:-gpu_results}
 mkdir -p "$out" /tmp/rooms/fulmen
@@ -39,9 +39,12 @@ tests() { # side by side; what needs most of the memory is left to `large`
     wait
 }
 large() { run large 200 "$pytest tests/kernels -k '$large'" 10; }
+lightning() { run lightning 150 "python3 benchmarks/kernels.py 'ops=[lightning]' rivals=false seconds=0.2 output=$out/lightning" 40; }
 losses() { run losses 150 "python3 benchmarks/kernel_losses.py output=$out/losses.json" 3; }
 kernels() { run kernels 260 "python3 benchmarks/kernels.py 'lengths=[8192,32768]' rivals=false budget_s=${BUDGET:-230} output=$out/kernels" 120; }
-rivals() { run rivals 560 "python3 benchmarks/kernels.py 'lengths=[32768]' budget_s=${BUDGET:-500} output=$out/rivals" 150; }
+rivals() { # the slow ones last: fla tunes itself for minutes
+    run rivals 560 "python3 benchmarks/kernels.py 'lengths=[${LENGTHS:-8192}]' 'ops=[${OPS:-cross_entropy,norm,gated_norm,silu_qkv,swiglu,rope,permute,experts,lightning}]' seconds=0.15 budget_s=${BUDGET:-500} output=$out/rivals" 150
+}
 steps() {
     run step_1b 110 "python3 benchmarks/train_step.py model=text01_1b steps=50 output=$out/step_1b.jsonl"
     run step_1b_torch 80 "python3 benchmarks/train_step.py model=text01_1b steps=20 kernels=torch rival=false output=$out/step_1b_torch.jsonl"
@@ -49,6 +52,6 @@ steps() {
 }
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-[ $# -gt 0 ] || set -- tests large losses kernels rivals steps
+[ $# -gt 0 ] || set -- lightning tests large losses kernels rivals steps
 for stage in "$@"; do "$stage"; done
 [ ! -e "$out/FAILED" ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fulmen.kernels.common import DTYPES, num_processors
 from fulmen.kernels.lightning.op import HEAD_DIMS
-from fulmen.kernels.lightning.triton_chunks import chunk_table_kernel
+from fulmen.kernels.lightning.triton_documents import documents_kernel
 from fulmen.kernels.lightning.triton_scan import carry_kernel, local_state_kernel, scan_kernel
 
 SHORTEST_PIECE = 8
@@ -76,10 +76,8 @@ class Plan:
     tokens: int
     heads: int
     head_dim: int
-    num_sequences: int
     chunks: int
-    """Of one row: exact for whole rows; for documents an upper bound, since their lengths are on
-    the device."""
+    """Of one row."""
     piece_chunks: int
     in_turn: bool
     """Pieces run one after the other, each from the state that the last one left; phases 1 and 2
@@ -99,17 +97,13 @@ class Plan:
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        return self.num_sequences, self.heads, self.head_dim, self.head_dim
+        return self.batch, self.heads, self.head_dim, self.head_dim
 
 
-def _make_plan(q: Tensor, cu_seqlens: Tensor | None, piece_tokens: int) -> Plan:
+def _make_plan(q: Tensor, piece_tokens: int) -> Plan:
     batch, tokens, heads, head_dim = q.shape
     tile = choose_tile(q.dtype, head_dim)
-    if cu_seqlens is None:
-        num_sequences, chunks = batch, -(-tokens // tile.block_tokens)
-    else:
-        num_sequences = cu_seqlens.shape[0] - 1
-        chunks = tokens // tile.block_tokens + num_sequences
+    chunks = -(-tokens // tile.block_tokens)
     if piece_tokens:
         piece_chunks, in_turn = piece_tokens // tile.block_tokens, False
     else:
@@ -121,7 +115,7 @@ def _make_plan(q: Tensor, cu_seqlens: Tensor | None, piece_tokens: int) -> Plan:
         windows = (chunks * tile.block_tokens + WINDOW_TOKENS // 2) // WINDOW_TOKENS
         piece_chunks = -(-chunks // max(pieces, windows, 1))
     piece_chunks = min(chunks, piece_chunks)
-    return Plan(tile, batch, tokens, heads, head_dim, num_sequences, chunks, piece_chunks, in_turn)
+    return Plan(tile, batch, tokens, heads, head_dim, chunks, piece_chunks, in_turn)
 
 
 class _Launcher:
@@ -132,24 +126,24 @@ class _Launcher:
     ) -> None:
         self.plan, self.slopes, self.reverse = plan, slopes, reverse
         self.packed = cu_seqlens is not None
-        self.chunks = slopes  # never read unless packed
+        self.edges = self.chunks = slopes  # never read unless packed
         if cu_seqlens is not None:
-            self.chunks = torch.empty(
-                plan.chunks + 1, 4, dtype=torch.int32, device=cu_seqlens.device
-            )
-            block = 64
+            options: dict[str, Any] = {"dtype": torch.int32, "device": cu_seqlens.device}
+            block, sequences = plan.tile.block_tokens, cu_seqlens.shape[0] - 1
+            self.edges = torch.empty(plan.chunks * block, **options)
+            self.chunks = torch.empty(plan.chunks, 2, **options)
             _run(
-                chunk_table_kernel,
-                -(-plan.chunks // block),
-                cu_seqlens,
-                self.chunks,
-                plan.num_sequences,
+                documents_kernel,
                 plan.chunks,
-                BLOCK_TOKENS=plan.tile.block_tokens,
-                BLOCK_ENTRIES=block,
-                BLOCK_SEQUENCES=128,
+                cu_seqlens,
+                self.edges,
+                self.chunks,
+                sequences,
+                sequences.bit_length(),
+                plan.tokens,
+                BLOCK_TOKENS=block,
                 REVERSE=reverse,
-                num_warps=4,
+                num_warps=1,
             )
 
     def sizes(self) -> dict[str, Any]:
@@ -158,19 +152,17 @@ class _Launcher:
             "tokens": plan.tokens,
             "pieces": plan.pieces,
             "piece_chunks": plan.piece_chunks,
-            "num_entries": plan.chunks,
             "heads": plan.heads,
             "HEAD_DIM": plan.head_dim,
             "BLOCK_TOKENS": tile.block_tokens,
             "BLOCK_VALUES": tile.block_values,
             "PACKED": self.packed,
             "num_warps": tile.num_warps,
-            # Where the table is read before the tiles, Triton splits the stages between the two.
-            "num_stages": 2 * tile.num_stages - 1 if self.packed else tile.num_stages,
+            "num_stages": tile.num_stages,
         }
 
     def cut_states(self, b: Tensor, c: Tensor, outer: Tensor | None) -> Tensor:
-        """Phases 1 and 2: the states at the cuts; `outer` are those that enter sequences."""
+        """Phases 1 and 2: the states at the cuts; `outer` are those that enter the rows."""
         plan = self.plan
         states = torch.empty(plan.cuts_shape, dtype=torch.float32, device=b.device)
         if plan.in_turn or not states.numel():
@@ -222,16 +214,13 @@ class _Launcher:
         transposed: bool,
         fills_cuts: bool = False,
     ) -> Tensor:
-        """Phase 3; `leaving`, if given, receives the states that leave sequences.
+        """Phase 3; `leaving`, if given, receives the states that leave the rows.
 
         `fills_cuts`: where pieces run in turn, nobody has filled `cuts` yet.
         """
         pieces = range(self.plan.pieces)
         in_turn = self.plan.in_turn or len(pieces) == 1
-        is_padded = self.packed and self.reverse and in_turn
-        padding = self.plan.tile.block_tokens * a.shape[2] * a.shape[3] if is_padded else 0
-        out = torch.empty(padding + a.numel(), dtype=a.dtype, device=a.device)
-        out = out[padding:].view(a.shape)
+        out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
         launches = [[0, len(pieces)]]
         if in_turn:
             launches = [[piece, 1] for piece in (reversed(pieces) if self.reverse else pieces)]
@@ -250,6 +239,7 @@ class _Launcher:
                 cuts if outer is None else outer,
                 cuts,
                 cuts if leaving is None else leaving,
+                self.edges,
                 self.chunks,
                 first_piece=first_piece,
                 launched=launched,
@@ -258,7 +248,6 @@ class _Launcher:
                 STORE_LEAVING=leaving is not None,
                 STORE_CUT=fills_cuts and in_turn and len(pieces) > 1,
                 TRANSPOSED=transposed,
-                PADDED=is_padded,
                 REVERSE=self.reverse,
                 **self.sizes(),
             )
@@ -310,7 +299,7 @@ def _attend(
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state (empty unless asked for), states at the cuts (for the backward pass)."""
-    plan = _make_plan(q, cu_seqlens, piece_tokens)
+    plan = _make_plan(q, piece_tokens)
     launcher = _Launcher(plan, slopes, cu_seqlens)
     q, k, v = map(_addressable, (q, k, v))
     states = launcher.cut_states(k, v, initial_state)
@@ -339,7 +328,7 @@ def _(
     output_final_state: bool,
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _make_plan(q, cu_seqlens, piece_tokens)
+    plan = _make_plan(q, piece_tokens)
     return (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32),
@@ -361,7 +350,7 @@ def _attend_backward(
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial state (empty if there was none)."""
-    plan = _make_plan(q, cu_seqlens, piece_tokens)
+    plan = _make_plan(q, piece_tokens)
     launcher = _Launcher(plan, slopes, cu_seqlens)
     q, k, v, d_out = map(_addressable, (q, k, v, d_out))
     d_final = None if d_final is None else d_final.contiguous()
@@ -414,7 +403,7 @@ def _(
     states: Tensor,
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan = _make_plan(q, cu_seqlens, piece_tokens)
+    plan = _make_plan(q, piece_tokens)
     shape = (0,) if initial_state is None else plan.state_shape
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     return dq, dk, dv, q.new_empty(shape, dtype=torch.float32)
@@ -465,6 +454,9 @@ def triton_lightning_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`lightning_attention` by the Triton kernels, for arguments whose shapes it has checked.
 
+    States are those of rows: with `cu_seqlens`, `initial_state` `[1, ...]` enters the first
+    document, and the final state is that of the last one.
+
     Args:
         q, k, v: fp32 or bf16, one dtype; head_dim a power of two, 16 to 256. Any strides, but the
             numbers of a head must lie side by side (views of a joint projection do).
@@ -497,8 +489,7 @@ def triton_lightning_attention(
             f"lightning_attention: piece_tokens must be a multiple of 64, got {piece_tokens}"
         )
     if q.shape[1] == 0:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        shape = (sequences, q.shape[2], q.shape[3], q.shape[3])
+        shape = (q.shape[0], q.shape[2], q.shape[3], q.shape[3])
         zeros = q.new_zeros(shape, dtype=torch.float32)
         final_state = zeros if initial_state is None else initial_state.float()
         return v.clone(), final_state if output_final_state else None

@@ -32,7 +32,8 @@ def lightning_attention(
             to `tokens`; no state crosses a boundary. On a GPU, a row that goes on behind the last
             boundary is undefined there.
         initial_state: `[sequences, heads, head_dim, head_dim]`, key index first; `sequences` is the
-            batch, or the number of packed documents.
+            batch, or the number of packed documents. States of packed documents cost a call for
+            each document, and the host waits for the lengths.
         output_final_state: also return the state after each sequence's last token.
 
     Returns:
@@ -56,21 +57,15 @@ def lightning_attention(
             f"got {tuple(initial_state.shape)}"
         )
 
+    attend = chunked_lightning_attention
     if choose("lightning", ("triton", why_not(q)), ("torch", "")) == "triton":
-        from fulmen.kernels.lightning import launch
-
-        return launch.triton_lightning_attention(
-            q, k, v, slopes, cu_seqlens, initial_state, output_final_state
-        )
+        from fulmen.kernels.lightning.launch import triton_lightning_attention as attend
     if cu_seqlens is None or (initial_state is None and not output_final_state):
-        return chunked_lightning_attention(
-            q, k, v, slopes, cu_seqlens, initial_state, output_final_state
-        )
+        return attend(q, k, v, slopes, cu_seqlens, initial_state, output_final_state)
     outputs, states = [], []
-    bounds = cu_seqlens.tolist()
-    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
+    for index, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         state = None if initial_state is None else initial_state[index : index + 1]
-        output, state = chunked_lightning_attention(
+        output, state = attend(
             q[:, start:end], k[:, start:end], v[:, start:end], slopes, None, state, True
         )
         outputs.append(output)

@@ -6,16 +6,17 @@ reverse sums over `j >= i`. All four passes of training are that one function:
     out = scan(q, k, v)                  dq = scan(do, v, k)
     dv  = reverse scan(k, q, do)         dk = reverse scan(v, do, q)
 
-**Work.** A row is cut into *chunks* of BLOCK_TOKENS that start anew with each document, so that
-none sees two documents; a device table lists them where the row is packed. A program owns (piece,
-head, slice of BLOCK_VALUES columns of c), a piece being a run of chunks, and goes over it with the
-state, fp32, in registers. At a document's first chunk the old state's weights are 0, so a boundary
-costs nothing but the part of a chunk that stays empty. That part lies where the scan has not been
-yet: behind the document forward, before it in reverse; so what a chunk writes there is overwritten
-by the next one, and no store needs a mask. The state and its products are kept
-transposed: then all first operands of the tensor cores that are computed, not loaded, come from
-registers, and only the scores pass through shared memory. Tiles come and go through the copy
-engine (tensor descriptors), which also cuts off what lies behind the row.
+**Work.** A row is cut into *chunks* of BLOCK_TOKENS. A program owns (piece, head, slice of
+BLOCK_VALUES columns of c), a piece being a run of chunks, and goes over it with the state, fp32, in
+registers. The state and its products are kept transposed: then all first operands of the tensor
+cores that are computed, not loaded, come from registers, and only the scores pass through shared
+memory. Tiles come and go through the copy engine (tensor descriptors), which also cuts off what
+lies behind the row.
+
+**Documents.** A chunk may hold parts of several. Scores between documents become 0; the entering
+state meets the tokens of the document that comes in with it; the leaving state takes those of the
+document that goes out. All of it is weights, from two tables (triton_documents.py): no branch, and
+no look-up before a load.
 
 **Phases.** Where rows x heads x slices fill the chip, a piece is a whole row and `scan_kernel`
 does everything. Otherwise rows are cut into pieces: (1) `local_state_kernel`, each piece's own
@@ -37,8 +38,7 @@ The README has the floors and the measurements.
 import triton
 import triton.language as tl
 
-from fulmen.kernels.lightning.triton_chunks import chunk_at, chunks_of, first_inside, rows_between
-from fulmen.kernels.triton_common import INTERPRETED, product
+from fulmen.kernels.triton_common import product
 
 
 @triton.jit
@@ -61,6 +61,13 @@ def share_of(
     head = (program // slices) % heads
     piece = program // (slices * heads)
     return piece // launched, first_piece + piece % launched, head, column
+
+
+@triton.jit
+def chunks_of(piece, tokens, piece_chunks, BLOCK_TOKENS: tl.constexpr):
+    """(first, end) of a piece's chunks."""
+    first = piece * piece_chunks
+    return first, tl.minimum(first + piece_chunks, tl.cdiv(tokens, BLOCK_TOKENS))
 
 
 @triton.jit
@@ -87,21 +94,32 @@ def rows_of(
 @triton.jit
 def chunk_weights(
     log2_decay,
-    token,
-    count,
+    chunks,
+    index,
+    tokens,
     BLOCK_TOKENS: tl.constexpr,
     PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """(weight of the entering state, of each token in the leaving state, of old in new state)."""
-    if PACKED and REVERSE:  # the chunk's tokens are its last rows
-        token = token - (BLOCK_TOKENS - count)
-    is_real = (token >= 0) & (token < count)
-    to_start = tl.exp2(log2_decay * tl.maximum(token + 1, 0).to(tl.float32))
+    token = tl.arange(0, BLOCK_TOKENS)
+    first = index * BLOCK_TOKENS
+    count = tl.minimum(tokens - first, BLOCK_TOKENS)
+    to_start = tl.exp2(log2_decay * (token + 1).to(tl.float32))
     to_end = tl.exp2(log2_decay * tl.maximum(count - 1 - token, 0).to(tl.float32))
-    to_start = tl.where(is_real, to_start, 0.0)
-    to_end = tl.where(is_real, to_end, 0.0)
     carry = tl.exp2(log2_decay * (count + 0.0))
+    reaches_start = token < count
+    reaches_end = token < count
+    if PACKED:
+        # Relative to the chunk. The document of its last token, or (scanning the other way) the one
+        # that comes in from behind; if that one also came from the left, the state passes through.
+        enter_until = tl.load(chunks + 2 * index) - first
+        begin = tl.load(chunks + 2 * index + 1) - first
+        reaches_start &= token < enter_until
+        reaches_end &= token >= begin
+        carry = tl.where(begin < 0, carry, 0.0)
+    to_start = tl.where(reaches_start, to_start, 0.0)
+    to_end = tl.where(reaches_end, to_end, 0.0)
     if REVERSE:
         return to_end, to_start, carry
     else:
@@ -140,42 +158,6 @@ def cut_before(row, piece, pieces, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def await_stores(condition):
-    """Waits, if so, until what the copy engine was told to store has arrived, not only left."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred waits;
-            setp.ne.u32 waits, $1, 0;
-            @waits cp.async.bulk.wait_group 0;
-            mov.b32 $0, 0;
-            }""",
-            "=r,r",
-            [condition.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def store_tokens(out, stride, first, count, result):
-    """Writes the last `count` rows of a chunk, its tokens; `out` points at row 0."""
-    block: tl.constexpr = result.shape[0]
-    row = tl.arange(0, block)[:, None]
-    tile = out + (first + row) * tl.cast(stride, tl.int64) + tl.arange(0, result.shape[1])[None, :]
-    tl.store(tile, result, mask=row + count >= block)
-
-
-@triton.jit
-def chunk_output(a_chunk, b_chunk, c_chunk, state, reach, entering):
-    """`out` of one chunk, transposed as `c_chunk` and `state` are."""
-    scores = product(b_chunk, tl.trans(a_chunk), None) * reach
-    result = product(state.to(a_chunk.dtype), tl.trans(a_chunk), None) * entering[None, :]
-    return product(c_chunk, scores.to(c_chunk.dtype), result)
-
-
-@triton.jit
 def reach_of(log2_decay, token, REVERSE: tl.constexpr):
     """`l^|i-j|` where j may reach i, else 0: [j, i]."""
     distance = token[None, :] - token[:, None]
@@ -186,88 +168,19 @@ def reach_of(log2_decay, token, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def scan(
-    a_rows,
-    b_rows,
-    c_rows,
-    out_rows,
-    out_columns,
-    out_stride,
-    out_first,
-    state,
-    log2_decay,
-    outer_states,
-    leaving_states,
-    chunks,
-    begin,
-    end,
-    row,
-    tokens,
-    heads,
-    head,
-    column,
-    BLOCK_TOKENS: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_OUTER: tl.constexpr,
-    STORE_LEAVING: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    MASKED: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """Runs over chunks of a piece, writes their outputs, returns the state that leaves them.
+def in_one_document(edges, first, token, REVERSE: tl.constexpr):
+    """Whether j and i share one, for those j that `reach_of` lets reach i: [j, i].
 
-    MASKED: the chunks begin before the piece, where the copy engine takes no place.
+    One number for each j, not i: in the tensor cores' layout a thread has few j and many i.
     """
-    block_values: tl.constexpr = state.shape[0]
-    head_dim: tl.constexpr = state.shape[1]
-    token = tl.arange(0, BLOCK_TOKENS)
-    reach = reach_of(log2_decay, token, REVERSE)
-    for step in range(end - begin):
-        index = end - 1 - step if REVERSE else begin + step
-        first, count, sequence, opens, closes = chunk_at(
-            chunks, index, row, tokens, BLOCK_TOKENS, PACKED
-        )
-        a_chunk = a_rows.load([first, 0])
-        b_chunk = b_rows.load([first, 0])
-        c_chunk = tl.trans(c_rows.load([first, 0]))
-        entering, leaving, carry = chunk_weights(
-            log2_decay, token, count, BLOCK_TOKENS, PACKED, REVERSE
-        )
-        if PACKED:
-            starts = closes if REVERSE else opens
-            if not HAS_OUTER:
-                entering = tl.where(starts, 0.0, entering)
-                carry = tl.where(starts, 0.0, carry)
-            elif starts:
-                tile = state_tile(
-                    outer_states, sequence, heads, head, column, head_dim, block_values, TRANSPOSED
-                )
-                state = tl.load(tile)
-        result = chunk_output(a_chunk, b_chunk, c_chunk, state, reach, entering)
-        if PACKED and not MASKED:
-            # The previous document's last chunk may have written over this one's rows; a document's
-            # other chunks follow full ones.
-            await_stores(starts)
-        result = tl.trans(result).to(a_chunk.dtype)
-        if MASKED:
-            store_tokens(out_columns, out_stride, first - out_first, count, result)
-        else:
-            # An empty document's chunk has no row of its own: what it computed goes where none is.
-            place = tl.where(count == 0, tokens + BLOCK_TOKENS, first - out_first)
-            out_rows.store([place, 0], result)
-        weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
-        state = product(weighed, b_chunk, state * carry)
-        if STORE_LEAVING and PACKED and (opens if REVERSE else closes):
-            tile = state_tile(
-                leaving_states, sequence, heads, head, column, head_dim, block_values, TRANSPOSED
-            )
-            tl.store(tile, state)
-    return state
+    edge = tl.load(edges + first + token)[:, None] - first
+    if REVERSE:
+        return token[None, :] >= edge
+    else:
+        return token[None, :] < edge
 
 
-RUNTIME_SIZES = [
-    "tokens", "pieces", "first_piece", "launched", "piece_chunks", "num_entries", "heads",
-]  # fmt: skip
+RUNTIME_SIZES = ["tokens", "pieces", "first_piece", "launched", "piece_chunks", "heads"]
 """Sizes that change from call to call: no new compilation for a length that is 1 or odd."""
 
 
@@ -284,13 +197,13 @@ def scan_kernel(
     outer_states,
     cut_states,
     leaving_states,
+    edges,
     chunks,
     tokens,
     pieces,
     first_piece,
     launched,
     piece_chunks,
-    num_entries,
     heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -301,85 +214,59 @@ def scan_kernel(
     STORE_LEAVING: tl.constexpr,
     STORE_CUT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    PADDED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Phase 3. Grid: rows x launched pieces x heads x slices, the slices fastest.
 
-    `out` is contiguous. `outer_states`, one per sequence, enter its first chunk in the order of the
-    scan (zero unless HAS_OUTER); `cut_states` [rows, pieces - 1] enter pieces, and with STORE_CUT
-    receive what leaves them; `leaving_states`, one per sequence, are written after its last chunk
-    if STORE_LEAVING. TRANSPOSED: memory holds the transposes of the scan's states. PADDED: a
-    chunk's worth of rows before `out` may be written, and pieces run in turn.
+    `out` is contiguous. `outer_states`, one a row, enter it in the order of the scan (zero unless
+    HAS_OUTER); `cut_states` [rows, pieces - 1] enter pieces, and with STORE_CUT receive what leaves
+    them; `leaving_states`, one a row, receive what leaves it if STORE_LEAVING. TRANSPOSED: memory
+    holds the transposes of the scan's states.
     """
     row, piece, head, column = share_of(
         tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
     )
-    begin, end = chunks_of(piece, tokens, piece_chunks, chunks, num_entries, BLOCK_TOKENS, PACKED)
+    begin, end = chunks_of(piece, tokens, piece_chunks, BLOCK_TOKENS)
     log2_decay = log2_decay_of(slopes, head)
     a_rows = rows_of(a, a_strides, row, tokens, head, 0, BLOCK_TOKENS, HEAD_DIM)
     b_rows = rows_of(b, b_strides, row, tokens, head, 0, BLOCK_TOKENS, HEAD_DIM)
     c_rows = rows_of(c, c_strides, row, tokens, head, column, BLOCK_TOKENS, BLOCK_VALUES)
     out_strides = (tl.cast(tokens, tl.int64) * heads * HEAD_DIM, heads * HEAD_DIM, HEAD_DIM)
-    # What chunks write beside their tokens must not reach another program's.
-    out_first, out_length = rows_between(
-        chunks, begin, end, tokens, BLOCK_TOKENS, PACKED, PADDED, REVERSE
-    )
-    out_start = out + out_first * tl.cast(out_strides[1], tl.int64)
-    out_rows = rows_of(
-        out_start, out_strides, row, out_length, head, column, BLOCK_TOKENS, BLOCK_VALUES
-    )
+    out_rows = rows_of(out, out_strides, row, tokens, head, column, BLOCK_TOKENS, BLOCK_VALUES)
     state = tl.zeros([BLOCK_VALUES, HEAD_DIM], dtype=tl.float32)
     cut, is_inside = cut_before(row, piece, pieces, REVERSE)
     if IS_CUT:
         tile = state_tile(cut_states, cut, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED)
         state = tl.load(tile, mask=is_inside, other=0.0)
-    # A branch in the loop is slow, so that of rows that are not packed stands outside.
-    if HAS_OUTER and not PACKED:
+    if HAS_OUTER:
         tile = state_tile(
             outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
         )
         state += tl.load(tile, mask=is_inside == 0, other=0.0)
-    # Chunks that begin before the piece come in a loop of their own: a branch costs the pipeline.
-    two_parts: tl.constexpr = PACKED and REVERSE and not PADDED
-    inside = first_inside(chunks, begin, end, out_first) if two_parts else begin
-    for part in tl.static_range(2 if two_parts else 1):
-        if part == 1:
-            await_stores(inside >= 0)  # others will write over what the copy engine stored
-            tl.debug_barrier()
-        state = scan(
-            a_rows,
-            b_rows,
-            c_rows,
-            out_rows,
-            out_start + row * out_strides[0] + head * HEAD_DIM + column,
-            out_strides[1],
-            out_first,
-            state,
-            log2_decay,
-            outer_states,
-            leaving_states,
-            chunks,
-            begin if part == 1 else inside,
-            inside if part == 1 else end,
-            row,
-            tokens,
-            heads,
-            head,
-            column,
-            BLOCK_TOKENS,
-            PACKED,
-            HAS_OUTER,
-            STORE_LEAVING,
-            TRANSPOSED,
-            part == 1,
-            REVERSE,
+    token = tl.arange(0, BLOCK_TOKENS)
+    reach = reach_of(log2_decay, token, REVERSE)
+    for step in range(end - begin):
+        index = end - 1 - step if REVERSE else begin + step
+        first = index * BLOCK_TOKENS
+        a_chunk = a_rows.load([first, 0])
+        b_chunk = b_rows.load([first, 0])
+        c_chunk = tl.trans(c_rows.load([first, 0]))
+        entering, leaving, carry = chunk_weights(
+            log2_decay, chunks, index, tokens, BLOCK_TOKENS, PACKED, REVERSE
         )
+        scores = product(b_chunk, tl.trans(a_chunk), None) * reach
+        if PACKED:
+            scores = tl.where(in_one_document(edges, first, token, REVERSE), scores, 0.0)
+        result = product(state.to(a_chunk.dtype), tl.trans(a_chunk), None) * entering[None, :]
+        result = product(c_chunk, scores.to(c_chunk.dtype), result)
+        out_rows.store([first, 0], tl.trans(result).to(a_chunk.dtype))
+        weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
+        state = product(weighed, b_chunk, state * carry)
     cut, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
     if STORE_CUT:
         tile = state_tile(cut_states, cut, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED)
         tl.store(tile, state, mask=is_inside)
-    if STORE_LEAVING and not PACKED:
+    if STORE_LEAVING:
         tile = state_tile(
             leaving_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
         )
@@ -402,7 +289,6 @@ def local_state_kernel(
     first_piece,
     launched,
     piece_chunks,
-    num_entries,
     heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -411,58 +297,44 @@ def local_state_kernel(
     HAS_OUTER: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """Phase 1: the state at each cut were nothing before the piece that leads to it.
+    """Phase 1: the state at each cut were nothing but the row's own state before its piece.
 
     `states` [rows, pieces - 1, heads, HEAD_DIM, HEAD_DIM] as dv's scan has them, `decays` [rows,
-    pieces - 1, heads] what remains of a state that enters the piece (0 if a document starts there).
-    Grid as in `scan_kernel`; the last piece in the order of the scan has no cut behind it.
+    pieces - 1, heads] what remains of a state that enters the piece. Grid as in `scan_kernel`; the
+    last piece in the order of the scan has no cut behind it.
     """
     row, piece, head, column = share_of(
         tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
     )
     place, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
     if is_inside:
-        begin, end = chunks_of(
-            piece, tokens, piece_chunks, chunks, num_entries, BLOCK_TOKENS, PACKED
-        )
+        begin, end = chunks_of(piece, tokens, piece_chunks, BLOCK_TOKENS)
         log2_decay = log2_decay_of(slopes, head)
         b_rows = rows_of(b, b_strides, row, tokens, head, 0, BLOCK_TOKENS, HEAD_DIM)
         c_rows = rows_of(c, c_strides, row, tokens, head, column, BLOCK_TOKENS, BLOCK_VALUES)
-        token = tl.arange(0, BLOCK_TOKENS)
         # Tokens whose weight is below the least normal fp32 (2^-126) are not read: fast heads only
-        # need a piece's last few chunks. A chunk that is not full ends a document, so counting
-        # chunks as full leaves none out that matters.
+        # need a piece's last few chunks.
         visible = tl.minimum(127.0 / tl.maximum(-log2_decay, 1e-6), 1e9).to(tl.int32)
         needed = tl.minimum(end - begin, tl.cdiv(visible, BLOCK_TOKENS) + 1)
         state = tl.zeros([BLOCK_VALUES, HEAD_DIM], dtype=tl.float32)
         decay = tl.where(needed < end - begin, 0.0, 1.0)
+        if HAS_OUTER:
+            tile = state_tile(outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, False)
+            _, follows = cut_before(row, piece, pieces, REVERSE)
+            state += tl.load(tile, mask=(follows == 0) & (needed == end - begin), other=0.0)
         for step in range(needed):
             index = begin + needed - 1 - step if REVERSE else end - needed + step
-            first, count, sequence, opens, closes = chunk_at(
-                chunks, index, row, tokens, BLOCK_TOKENS, PACKED
-            )
+            first = index * BLOCK_TOKENS
             b_chunk = b_rows.load([first, 0])
             c_chunk = tl.trans(c_rows.load([first, 0]))
             _entering, leaving, carry = chunk_weights(
-                log2_decay, token, count, BLOCK_TOKENS, PACKED, REVERSE
+                log2_decay, chunks, index, tokens, BLOCK_TOKENS, PACKED, REVERSE
             )
-            starts = closes if REVERSE else opens
-            decay = tl.where(starts, 0.0, decay * carry)
-            if HAS_OUTER:
-                if starts:
-                    state = tl.load(
-                        state_tile(
-                            outer_states, sequence, heads, head, column,
-                            HEAD_DIM, BLOCK_VALUES, False,
-                        )
-                    )  # fmt: skip
-            else:
-                carry = tl.where(starts, 0.0, carry)
+            decay *= carry
             weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
             state = product(weighed, b_chunk, state * carry)
-        tl.store(
-            state_tile(states, place, heads, head, column, HEAD_DIM, BLOCK_VALUES, False), state
-        )
+        tile = state_tile(states, place, heads, head, column, HEAD_DIM, BLOCK_VALUES, False)
+        tl.store(tile, state)
         if column == 0:
             tl.store(decays + place * heads + head, decay)
 
