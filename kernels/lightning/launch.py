@@ -126,22 +126,19 @@ class _Launcher:
     ) -> None:
         self.plan, self.slopes, self.reverse = plan, slopes, reverse
         self.packed = cu_seqlens is not None
-        self.edges = self.chunks = slopes  # never read unless packed
+        self.words = slopes  # never read unless packed
         if cu_seqlens is not None:
-            options: dict[str, Any] = {"dtype": torch.int32, "device": cu_seqlens.device}
-            block, sequences = plan.tile.block_tokens, cu_seqlens.shape[0] - 1
-            self.edges = torch.empty(plan.chunks * block, **options)
-            self.chunks = torch.empty(plan.chunks, 2, **options)
+            self.words = torch.empty(plan.chunks + 2, dtype=torch.int64, device=cu_seqlens.device)
+            sequences = cu_seqlens.shape[0] - 1
             _run(
                 documents_kernel,
                 plan.chunks,
                 cu_seqlens,
-                self.edges,
-                self.chunks,
+                self.words,
                 sequences,
                 sequences.bit_length(),
                 plan.tokens,
-                BLOCK_TOKENS=block,
+                BLOCK_TOKENS=plan.tile.block_tokens,
                 REVERSE=reverse,
                 num_warps=1,
             )
@@ -179,7 +176,7 @@ class _Launcher:
             states if outer is None else outer,
             states,
             decays,
-            self.chunks,
+            self.words,
             first_piece=0,
             launched=plan.pieces,
             HAS_OUTER=outer is not None,
@@ -239,8 +236,7 @@ class _Launcher:
                 cuts if outer is None else outer,
                 cuts,
                 cuts if leaving is None else leaving,
-                self.edges,
-                self.chunks,
+                self.words,
                 first_piece=first_piece,
                 launched=launched,
                 HAS_OUTER=outer is not None,

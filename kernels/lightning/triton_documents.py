@@ -1,9 +1,9 @@
-"""Where documents begin and end in a packed row, by token and by chunk, on the device.
+"""Documents of a packed row as bits, a word for each chunk.
 
 Chunks lie at multiples of BLOCK_TOKENS whatever the documents do, so that loads and stores need no
-look-up; what a chunk must know of its documents is read while its products run. The row's ends are
-open: its first document takes the state that enters the row, its last one gives the state that
-leaves it.
+look-up. What a chunk must know of its documents is where they begin (scanning in reverse: end), one
+bit a token; everything else follows from the word by arithmetic. The row's ends are open: its first
+document takes the state that enters the row, its last one gives the state that leaves it.
 """
 
 # mypy: disable-error-code="no-untyped-def,misc,no-untyped-call,untyped-decorator"
@@ -13,58 +13,76 @@ import triton.language as tl
 
 
 @triton.jit
-def document_of(cu_seqlens, num_sequences, search_steps, token):
-    """Last document that begins at or before `token`."""
-    low = token * 0
-    high = low + num_sequences
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        begins = tl.load(cu_seqlens + middle) <= token
-        low = tl.where(begins, middle, low)
-        high = tl.where(begins, high, middle)
-    return low
+def lowest_bit(word):
+    """Number of the lowest bit that is set, 64 if none is."""
+    # A power of two is exact in fp32, and its exponent is the number.
+    power = (word & (0 - word)).to(tl.uint64).to(tl.float32)
+    number = (power.to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.where(word == 0, 64, number)
 
 
 @triton.jit
-def begin_of(cu_seqlens, num_sequences, search_steps, tokens, token):
-    """First token of the document of `token`; -1 for the row's first one, which enters it."""
-    inside = tl.minimum(token, tokens - 1)  # the last document goes on behind the row
-    begin = tl.load(cu_seqlens + document_of(cu_seqlens, num_sequences, search_steps, inside))
-    return tl.where(begin == 0, -1, begin)
+def highest_bit(word):
+    """Number of the highest bit that is set, -1 if none is."""
+    word = word.to(tl.uint64)
+    # With the bit below it cleared, rounding cannot carry into the exponent.
+    number = ((word ^ (word & (word >> 1))).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.where(word == 0, -1, number)
+
+
+@triton.jit
+def document_weights(word, token, to_start, to_end, carry, REVERSE: tl.constexpr):
+    """What `chunk_weights` gives, 0 where no document joins the token with the chunk's edge."""
+    low, high = lowest_bit(word), highest_bit(word)
+    if REVERSE:  # bits at last tokens
+        to_start = tl.where(token <= low, to_start, 0.0)
+        to_end = tl.where(token > high, to_end, 0.0)
+    else:  # bits at first tokens
+        to_start = tl.where(token < low, to_start, 0.0)
+        to_end = tl.where(token >= high, to_end, 0.0)
+    return to_start, to_end, tl.where(word == 0, carry, 0.0)
+
+
+@triton.jit
+def in_one_document(word, token, REVERSE: tl.constexpr):
+    """Whether j and i share one, for those j that may reach i: [j, i].
+
+    The word is searched once for each j, not i: in the tensor cores' layout a thread has few j and
+    many i.
+    """
+    here = token.to(tl.int64)
+    if REVERSE:
+        begin = highest_bit(word & ((tl.full([], 1, tl.int64) << here) - 1)) + 1
+        return token[None, :] >= begin[:, None]
+    else:
+        behind = lowest_bit(((word >> here) & 0x7FFFFFFFFFFFFFFF) >> 1) + token + 1
+        return token[None, :] < behind[:, None]
 
 
 @triton.jit(do_not_specialize=["num_sequences", "search_steps", "tokens"])
 def documents_kernel(
     cu_seqlens,
-    edges,
-    chunks,
+    words,
     num_sequences,
     search_steps,
     tokens,
     BLOCK_TOKENS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """Writes both tables of a scan; a program a chunk.
-
-    `edges` [chunks * BLOCK_TOKENS]: how far a token reaches in its document, the first token behind
-    it, in REVERSE the first of it. `chunks` [chunks, 2]: a chunk's tokens before the first number
-    belong to the document that comes in from the left; those from the second on to the document of
-    its last token, in REVERSE to the one that comes in from behind (the chunk's end if none does).
-    """
+    """Writes `words[1 + chunk]`, int64, a program a chunk: bit t says that the chunk's token t is
+    the first one of a document, in REVERSE the last one; the row's own ends do not count."""
     chunk = tl.program_id(0)
-    first = chunk * BLOCK_TOKENS
-    token = first + tl.arange(0, BLOCK_TOKENS)
+    offset = tl.arange(0, BLOCK_TOKENS)
+    bound = chunk * BLOCK_TOKENS + offset  # which is a document's beginning, or not
     if REVERSE:
-        edge = begin_of(cu_seqlens, num_sequences, search_steps, tokens, token)
-    else:
-        document = document_of(cu_seqlens, num_sequences, search_steps, token)
-        edge = tl.load(cu_seqlens + document + 1)
-    tl.store(edges + token, edge)
-    document = document_of(cu_seqlens, num_sequences, search_steps, first)
-    enters = (first == 0) | (tl.load(cu_seqlens + document) < first)
-    enter_until = tl.where(enters, tl.load(cu_seqlens + document + 1), first)
-    behind = first + BLOCK_TOKENS
-    last = behind if REVERSE else behind - 1
-    begin = begin_of(cu_seqlens, num_sequences, search_steps, tokens, last)
-    tl.store(chunks + 2 * chunk, enter_until)
-    tl.store(chunks + 2 * chunk + 1, begin)
+        bound += 1
+    low = bound * 0
+    high = low + num_sequences
+    for _ in range(search_steps):  # for the last document that begins at or before `bound`
+        middle = (low + high) // 2
+        begins = tl.load(cu_seqlens + middle) <= bound
+        low = tl.where(begins, middle, low)
+        high = tl.where(begins, high, middle)
+    is_bound = (tl.load(cu_seqlens + low) == bound) & (bound > 0) & (bound < tokens)
+    word = tl.sum(is_bound.to(tl.int64) << offset.to(tl.int64), axis=0)
+    tl.store(words + 1 + chunk, word)

@@ -15,8 +15,8 @@ lies behind the row.
 
 **Documents.** A chunk may hold parts of several. Scores between documents become 0; the entering
 state meets the tokens of the document that comes in with it; the leaving state takes those of the
-document that goes out. All of it is weights, from two tables (triton_documents.py): no branch, and
-no look-up before a load.
+document that goes out. All of it is weights, from a word of bits for each chunk
+(triton_documents.py): no branch, and no look-up before a load.
 
 **Phases.** Where rows x heads x slices fill the chip, a piece is a whole row and `scan_kernel`
 does everything. Otherwise rows are cut into pieces: (1) `local_state_kernel`, each piece's own
@@ -38,6 +38,7 @@ The README has the floors and the measurements.
 import triton
 import triton.language as tl
 
+from fulmen.kernels.lightning.triton_documents import document_weights, in_one_document
 from fulmen.kernels.triton_common import product
 
 
@@ -93,33 +94,17 @@ def rows_of(
 
 @triton.jit
 def chunk_weights(
-    log2_decay,
-    chunks,
-    index,
-    tokens,
-    BLOCK_TOKENS: tl.constexpr,
-    PACKED: tl.constexpr,
-    REVERSE: tl.constexpr,
+    log2_decay, count, word, BLOCK_TOKENS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr
 ):
     """(weight of the entering state, of each token in the leaving state, of old in new state)."""
     token = tl.arange(0, BLOCK_TOKENS)
-    first = index * BLOCK_TOKENS
-    count = tl.minimum(tokens - first, BLOCK_TOKENS)
     to_start = tl.exp2(log2_decay * (token + 1).to(tl.float32))
     to_end = tl.exp2(log2_decay * tl.maximum(count - 1 - token, 0).to(tl.float32))
     carry = tl.exp2(log2_decay * (count + 0.0))
-    reaches_start = token < count
-    reaches_end = token < count
+    to_start = tl.where(token < count, to_start, 0.0)
+    to_end = tl.where(token < count, to_end, 0.0)
     if PACKED:
-        # Relative to the chunk. The document of its last token, or (scanning the other way) the one
-        # that comes in from behind; if that one also came from the left, the state passes through.
-        enter_until = tl.load(chunks + 2 * index) - first
-        begin = tl.load(chunks + 2 * index + 1) - first
-        reaches_start &= token < enter_until
-        reaches_end &= token >= begin
-        carry = tl.where(begin < 0, carry, 0.0)
-    to_start = tl.where(reaches_start, to_start, 0.0)
-    to_end = tl.where(reaches_end, to_end, 0.0)
+        to_start, to_end, carry = document_weights(word, token, to_start, to_end, carry, REVERSE)
     if REVERSE:
         return to_end, to_start, carry
     else:
@@ -158,6 +143,15 @@ def cut_before(row, piece, pieces, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def word_of(words, index, PACKED: tl.constexpr):
+    """A chunk's documents; the table has an entry before its first and behind its last chunk."""
+    if PACKED:
+        return tl.load(words + 1 + index)
+    else:
+        return tl.zeros([], dtype=tl.int64)
+
+
+@triton.jit
 def reach_of(log2_decay, token, REVERSE: tl.constexpr):
     """`l^|i-j|` where j may reach i, else 0: [j, i]."""
     distance = token[None, :] - token[:, None]
@@ -165,19 +159,6 @@ def reach_of(log2_decay, token, REVERSE: tl.constexpr):
         distance = -distance
     reach = tl.exp2(log2_decay * tl.maximum(distance, 0).to(tl.float32))
     return tl.where(distance >= 0, reach, 0.0)
-
-
-@triton.jit
-def in_one_document(edges, first, token, REVERSE: tl.constexpr):
-    """Whether j and i share one, for those j that `reach_of` lets reach i: [j, i].
-
-    One number for each j, not i: in the tensor cores' layout a thread has few j and many i.
-    """
-    edge = tl.load(edges + first + token)[:, None] - first
-    if REVERSE:
-        return token[None, :] >= edge
-    else:
-        return token[None, :] < edge
 
 
 RUNTIME_SIZES = ["tokens", "pieces", "first_piece", "launched", "piece_chunks", "heads"]
@@ -197,8 +178,7 @@ def scan_kernel(
     outer_states,
     cut_states,
     leaving_states,
-    edges,
-    chunks,
+    words,
     tokens,
     pieces,
     first_piece,
@@ -245,23 +225,28 @@ def scan_kernel(
         state += tl.load(tile, mask=is_inside == 0, other=0.0)
     token = tl.arange(0, BLOCK_TOKENS)
     reach = reach_of(log2_decay, token, REVERSE)
+    word = word_of(words, end - 1 if REVERSE else begin, PACKED)
     for step in range(end - begin):
         index = end - 1 - step if REVERSE else begin + step
         first = index * BLOCK_TOKENS
+        # A chunk ahead, so that nothing waits for it.
+        next_word = word_of(words, index - 1 if REVERSE else index + 1, PACKED)
         a_chunk = a_rows.load([first, 0])
         b_chunk = b_rows.load([first, 0])
         c_chunk = tl.trans(c_rows.load([first, 0]))
+        count = tl.minimum(tokens - first, BLOCK_TOKENS)
         entering, leaving, carry = chunk_weights(
-            log2_decay, chunks, index, tokens, BLOCK_TOKENS, PACKED, REVERSE
+            log2_decay, count, word, BLOCK_TOKENS, PACKED, REVERSE
         )
         scores = product(b_chunk, tl.trans(a_chunk), None) * reach
         if PACKED:
-            scores = tl.where(in_one_document(edges, first, token, REVERSE), scores, 0.0)
+            scores = tl.where(in_one_document(word, token, REVERSE), scores, 0.0)
         result = product(state.to(a_chunk.dtype), tl.trans(a_chunk), None) * entering[None, :]
         result = product(c_chunk, scores.to(c_chunk.dtype), result)
         out_rows.store([first, 0], tl.trans(result).to(a_chunk.dtype))
         weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
         state = product(weighed, b_chunk, state * carry)
+        word = next_word
     cut, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
     if STORE_CUT:
         tile = state_tile(cut_states, cut, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED)
@@ -283,7 +268,7 @@ def local_state_kernel(
     outer_states,
     states,
     decays,
-    chunks,
+    words,
     tokens,
     pieces,
     first_piece,
@@ -322,17 +307,21 @@ def local_state_kernel(
             tile = state_tile(outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, False)
             _, follows = cut_before(row, piece, pieces, REVERSE)
             state += tl.load(tile, mask=(follows == 0) & (needed == end - begin), other=0.0)
+        word = word_of(words, begin + needed - 1 if REVERSE else end - needed, PACKED)
         for step in range(needed):
             index = begin + needed - 1 - step if REVERSE else end - needed + step
             first = index * BLOCK_TOKENS
+            next_word = word_of(words, index - 1 if REVERSE else index + 1, PACKED)
             b_chunk = b_rows.load([first, 0])
             c_chunk = tl.trans(c_rows.load([first, 0]))
+            count = tl.minimum(tokens - first, BLOCK_TOKENS)
             _entering, leaving, carry = chunk_weights(
-                log2_decay, chunks, index, tokens, BLOCK_TOKENS, PACKED, REVERSE
+                log2_decay, count, word, BLOCK_TOKENS, PACKED, REVERSE
             )
             decay *= carry
             weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
             state = product(weighed, b_chunk, state * carry)
+            word = next_word
         tile = state_tile(states, place, heads, head, column, HEAD_DIM, BLOCK_VALUES, False)
         tl.store(tile, state)
         if column == 0:
