@@ -32,15 +32,15 @@ large="addresses or 32_bits"
 
 tests() { # side by side; what needs most of the memory is left to `large`
     run sanitize 240 "compute-sanitizer --tool memcheck --error-exitcode 1 python3 benchmarks/sanitize.py" 9 &
-    for file in tests/kernels/test_*.py tests/trainer; do
+    for file in ${TESTS:-tests/kernels/test_*.py tests/trainer}; do
         grep -rq "gpu" "$file" || continue
         run "$(basename "$file" .py)" 200 "$pytest $file -k 'not ($large)'" 4 &
     done
     wait
 }
 large() { run large 200 "$pytest tests/kernels -k '$large'" 10; }
-lightning() { run lightning 150 "python3 benchmarks/kernels.py 'ops=[lightning]' rivals=false seconds=0.2 output=$out/lightning" 40; }
-losses() { run losses 150 "python3 benchmarks/kernel_losses.py output=$out/losses.json" 3; }
+lightning() { run lightning 150 "python3 benchmarks/kernels.py 'ops=[lightning]' 'lengths=[${LENGTHS:-2048,8192,32768,131072,1048576}]' rivals=false seconds=0.2 steady_s=${STEADY:-1} output=$out/lightning" 40; }
+losses() { run losses 200 "python3 benchmarks/kernel_losses.py output=$out/losses.json" 3; }
 kernels() { run kernels 260 "python3 benchmarks/kernels.py 'lengths=[8192,32768]' rivals=false budget_s=${BUDGET:-230} output=$out/kernels" 120; }
 rivals() { # the slow ones last: fla tunes itself for minutes
     run rivals 560 "python3 benchmarks/kernels.py 'lengths=[${LENGTHS:-8192}]' 'ops=[${OPS:-cross_entropy,norm,gated_norm,silu_qkv,swiglu,rope,permute,experts,lightning}]' seconds=0.15 budget_s=${BUDGET:-500} output=$out/rivals" 150

@@ -27,17 +27,22 @@ RUNS = {
 }
 
 
-def train(options: Any, name: str, run_root: str) -> list[float]:
-    """Loss of each step."""
+def start(options: Any, name: str, run_root: str) -> subprocess.Popen[str]:
+    """One of the runs."""
     kernels, dtype = RUNS[name]
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "recipe=text01_tiny"]
     command += [f"kernels={kernels}", f"trainer.dtype={dtype}", f"run_id={name}"]
     command += [f"run_root={run_root}", f"data.sources.stdlib.path={options.data}"]
     command += [f"trainer.max_steps={options.steps}", "log.every_steps=1"]
     command += ["evaluation.every_steps=null", "checkpoint.every_steps=null"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the run {name} failed:\n{done.stderr[-3000:]}")
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def losses_of(run: subprocess.Popen[str], options: Any, name: str, run_root: str) -> list[float]:
+    """Loss of each step, once the run has ended."""
+    output, _ = run.communicate()
+    if run.returncode:
+        sys.exit(f"the run {name} failed:\n{output[-3000:]}")
     lines = Path(run_root, "text01_tiny", name, "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
     assert len(losses) == options.steps, f"{name}: {len(losses)} losses"
@@ -57,7 +62,8 @@ def main() -> None:
         print("benchmarks/kernel_losses.py: no CUDA device here, nothing to compare")
         return
     with tempfile.TemporaryDirectory() as run_root:
-        losses = {name: train(options, name, run_root) for name in RUNS}
+        runs = {name: start(options, name, run_root) for name in RUNS}  # side by side
+        losses = {name: losses_of(run, options, name, run_root) for name, run in runs.items()}
     apart = differences(losses["kernels"], losses["reference"])
     noise = differences(losses["reference"], losses["reference_fp32"])
     agree = all(apart[key] <= 2 * noise[key] for key in apart)

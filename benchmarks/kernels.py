@@ -9,7 +9,8 @@ no figures, but a row that says why, and so does one that raises, crashes or han
 input read once and each output written once; TFLOP/s counts attention's causal half, 2.5 times
 forward for its backward pass. Per cent is of the device copy, or of an 8192^3 product in bf16,
 measured in the run. Times are medians by CUDA events, the host ahead of the device, over inputs too
-many for the L2 cache. `output=DIR` receives kernels.json and kernels.md, from the first row on.
+many for the L2 cache; `steady_s=1` puts a second of load before each, as training does, under which
+an H200 lowers its clock. `output=DIR` receives kernels.json and kernels.md, from the first row on.
 Without a GPU there is nothing to measure and it says so; `device=cpu dtype=float32` with small
 sizes tries the code.
 """
@@ -34,6 +35,7 @@ RUN = {
     "device": "cuda",
     "dtype": "bfloat16",
     "seconds": 0.3,
+    "steady_s": 0.0,
     "budget_s": None,
     "stall_s": 400.0,
     "output": None,

@@ -25,9 +25,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_ms(run: Callable[[int], object], seconds: float, device: torch.device) -> float:
+def median_ms(
+    run: Callable[[int], object], seconds: float, device: torch.device, steady_s: float = 0.0
+) -> float:
     """Median time of `run(index)` over about `seconds`, after two warm-ups.
 
+    With `steady_s` it runs for so long before: under load a chip at its power limit lowers its clock,
+    which a short measurement does not meet and a long one does.
     On a GPU by events, a batch at a time behind a pause, so that the host is ahead and its own time
     for a launch does not count: in training it is ahead too.
     """
@@ -39,6 +43,12 @@ def median_ms(run: Callable[[int], object], seconds: float, device: torch.device
         host = time.perf_counter() - started
         synchronize(device)
         whole = time.perf_counter() - started
+    index, steady_at = 2, time.perf_counter() + steady_s
+    while time.perf_counter() < steady_at:
+        for _ in range(BATCH):
+            run(index)
+            index += 1
+        synchronize(device)
     wanted = int(min(MOST_TIMES, max(FEWEST_TIMES, seconds / max(whole, 1e-6))))
     times: list[float] = []
     while len(times) < wanted:
@@ -156,9 +166,10 @@ class Measurement:
         sets: list[Inputs],
         expected: list[Expected],
         seconds: float,
+        steady_s: float = 0.0,
     ) -> None:
         self.case, self.provider, self.sets, self.expected = case, provider, sets, expected
-        self.seconds = seconds
+        self.seconds, self.steady_s = seconds, steady_s
         first = sets[0]
         tensors = [x for x in (*first.leaves, *first.constants) if isinstance(x, Tensor)]
         self.device = tensors[0].device
@@ -176,7 +187,7 @@ class Measurement:
                 if wrong:
                     # Of a wrong result no figure is given, of the other pass neither.
                     return {"failed": wrong}
-                milliseconds = median_ms(run, self.seconds, self.device)
+                milliseconds = median_ms(run, self.seconds, self.device, self.steady_s)
                 self._note(name, milliseconds, cost, ceilings)
                 if name == "training" or len(passes) == 1:
                     self._note_memory(run)

@@ -33,6 +33,8 @@ class Plan:
     dtype: str = "bfloat16"
     seconds: float = 0.3
     """For the times of one pass of one provider."""
+    steady_s: float = 0.0
+    """Under load before each of them, so that the clock has settled."""
     budget_s: float | None = None
     """No job begins later than this after the start."""
     stall_s: float = 400.0
@@ -134,7 +136,7 @@ def work(
             _free_memory(device)
             shared = (case, truth_of(case, device, dtype))
         expected = shared[1]
-        row |= run_job(case, name, expected, device, dtype, plan.seconds, ceilings)
+        row |= run_job(case, name, expected, device, dtype, plan, ceilings)
         sender.send(("row", row))
         try:
             synchronize(device)
@@ -161,7 +163,7 @@ def run_job(
     expected: list[Expected] | str,
     device: torch.device,
     dtype: torch.dtype,
-    seconds: float,
+    plan: Plan,
     ceilings: dict[str, float],
 ) -> dict[str, Any]:
     """Figures of one provider, or why there are none."""
@@ -171,7 +173,8 @@ def run_job(
         _free_memory(device)
         sets = make_sets(case, device, dtype)
         provider = case.providers[name]()
-        return Measurement(case, provider, sets, expected, seconds).run(ceilings)
+        times = (plan.seconds, plan.steady_s)
+        return Measurement(case, provider, sets, expected, *times).run(ceilings)
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
     except Exception as error:

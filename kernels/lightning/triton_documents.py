@@ -31,19 +31,6 @@ def highest_bit(word):
 
 
 @triton.jit
-def document_weights(word, token, to_start, to_end, carry, REVERSE: tl.constexpr):
-    """What `chunk_weights` gives, 0 where no document joins the token with the chunk's edge."""
-    low, high = lowest_bit(word), highest_bit(word)
-    if REVERSE:  # bits at last tokens
-        to_start = tl.where(token <= low, to_start, 0.0)
-        to_end = tl.where(token > high, to_end, 0.0)
-    else:  # bits at first tokens
-        to_start = tl.where(token < low, to_start, 0.0)
-        to_end = tl.where(token >= high, to_end, 0.0)
-    return to_start, to_end, tl.where(word == 0, carry, 0.0)
-
-
-@triton.jit
 def in_one_document(word, token, REVERSE: tl.constexpr):
     """Whether j and i share one, for those j that may reach i: [j, i].
 

@@ -38,7 +38,7 @@ The README has the floors and the measurements.
 import triton
 import triton.language as tl
 
-from fulmen.kernels.lightning.triton_documents import document_weights, in_one_document
+from fulmen.kernels.lightning.triton_documents import highest_bit, in_one_document, lowest_bit
 from fulmen.kernels.triton_common import product
 
 
@@ -93,21 +93,22 @@ def rows_of(
 
 
 @triton.jit
-def chunk_weights(
-    log2_decay, count, word, BLOCK_TOKENS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr
-):
+def chunk_weights(log2_decay, count, word, BLOCK_TOKENS: tl.constexpr, REVERSE: tl.constexpr):
     """(weight of the entering state, of each token in the leaving state, of old in new state)."""
     token = tl.arange(0, BLOCK_TOKENS)
     to_start = tl.exp2(log2_decay * (token + 1).to(tl.float32))
     to_end = tl.exp2(log2_decay * tl.maximum(count - 1 - token, 0).to(tl.float32))
     carry = tl.exp2(log2_decay * (count + 0.0))
-    to_start = tl.where(token < count, to_start, 0.0)
-    to_end = tl.where(token < count, to_end, 0.0)
-    if PACKED:
-        to_start, to_end, carry = document_weights(word, token, to_start, to_end, carry, REVERSE)
-    if REVERSE:
+    low, high = lowest_bit(word), highest_bit(word)
+    carry = tl.where(word == 0, carry, 0.0)
+    # 0 where a document's bound lies between the token and the chunk's edge.
+    if REVERSE:  # bits at last tokens
+        to_start = tl.where(token <= low, to_start, 0.0)
+        to_end = tl.where(token > high, to_end, 0.0)
         return to_end, to_start, carry
-    else:
+    else:  # bits at first tokens
+        to_start = tl.where(token < low, to_start, 0.0)
+        to_end = tl.where(token >= high, to_end, 0.0)
         return to_start, to_end, carry
 
 
@@ -225,6 +226,9 @@ def scan_kernel(
         state += tl.load(tile, mask=is_inside == 0, other=0.0)
     token = tl.arange(0, BLOCK_TOKENS)
     reach = reach_of(log2_decay, token, REVERSE)
+    whole_entering, whole_leaving, whole_carry = chunk_weights(
+        log2_decay, BLOCK_TOKENS, tl.zeros([], dtype=tl.int64), BLOCK_TOKENS, REVERSE
+    )
     word = word_of(words, end - 1 if REVERSE else begin, PACKED)
     for step in range(end - begin):
         index = end - 1 - step if REVERSE else begin + step
@@ -235,12 +239,13 @@ def scan_kernel(
         b_chunk = b_rows.load([first, 0])
         c_chunk = tl.trans(c_rows.load([first, 0]))
         count = tl.minimum(tokens - first, BLOCK_TOKENS)
-        entering, leaving, carry = chunk_weights(
-            log2_decay, count, word, BLOCK_TOKENS, PACKED, REVERSE
-        )
+        entering, leaving, carry = whole_entering, whole_leaving, whole_carry
+        if (word != 0) | (count < BLOCK_TOKENS):
+            entering, leaving, carry = chunk_weights(log2_decay, count, word, BLOCK_TOKENS, REVERSE)
         scores = product(b_chunk, tl.trans(a_chunk), None) * reach
         if PACKED:
-            scores = tl.where(in_one_document(word, token, REVERSE), scores, 0.0)
+            if word != 0:
+                scores = tl.where(in_one_document(word, token, REVERSE), scores, 0.0)
         result = product(state.to(a_chunk.dtype), tl.trans(a_chunk), None) * entering[None, :]
         result = product(c_chunk, scores.to(c_chunk.dtype), result)
         out_rows.store([first, 0], tl.trans(result).to(a_chunk.dtype))
@@ -307,6 +312,9 @@ def local_state_kernel(
             tile = state_tile(outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, False)
             _, follows = cut_before(row, piece, pieces, REVERSE)
             state += tl.load(tile, mask=(follows == 0) & (needed == end - begin), other=0.0)
+        _, whole_leaving, whole_carry = chunk_weights(
+            log2_decay, BLOCK_TOKENS, tl.zeros([], dtype=tl.int64), BLOCK_TOKENS, REVERSE
+        )
         word = word_of(words, begin + needed - 1 if REVERSE else end - needed, PACKED)
         for step in range(needed):
             index = begin + needed - 1 - step if REVERSE else end - needed + step
@@ -315,9 +323,9 @@ def local_state_kernel(
             b_chunk = b_rows.load([first, 0])
             c_chunk = tl.trans(c_rows.load([first, 0]))
             count = tl.minimum(tokens - first, BLOCK_TOKENS)
-            _entering, leaving, carry = chunk_weights(
-                log2_decay, count, word, BLOCK_TOKENS, PACKED, REVERSE
-            )
+            leaving, carry = whole_leaving, whole_carry
+            if (word != 0) | (count < BLOCK_TOKENS):
+                _, leaving, carry = chunk_weights(log2_decay, count, word, BLOCK_TOKENS, REVERSE)
             decay *= carry
             weighed = (c_chunk.to(tl.float32) * leaving[None, :]).to(c_chunk.dtype)
             state = product(weighed, b_chunk, state * carry)
