@@ -30,8 +30,9 @@ def median_ms(
 ) -> float:
     """Median time of `run(index)` over about `seconds`, after two warm-ups.
 
-    With `steady_s` it runs for so long before: under load a chip at its power limit lowers its clock,
-    which a short measurement does not meet and a long one does.
+    With `steady_s` it runs for so long before: a chip at its power limit lowers its clock, which a
+    short measurement does not meet.
+
     On a GPU by events, a batch at a time behind a pause, so that the host is ahead and its own time
     for a launch does not count: in training it is ahead too.
     """

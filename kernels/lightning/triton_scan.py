@@ -243,9 +243,8 @@ def scan_kernel(
         if (word != 0) | (count < BLOCK_TOKENS):
             entering, leaving, carry = chunk_weights(log2_decay, count, word, BLOCK_TOKENS, REVERSE)
         scores = product(b_chunk, tl.trans(a_chunk), None) * reach
-        if PACKED:
-            if word != 0:
-                scores = tl.where(in_one_document(word, token, REVERSE), scores, 0.0)
+        if word != 0:
+            scores = tl.where(in_one_document(word, token, REVERSE), scores, 0.0)
         result = product(state.to(a_chunk.dtype), tl.trans(a_chunk), None) * entering[None, :]
         result = product(c_chunk, scores.to(c_chunk.dtype), result)
         out_rows.store([first, 0], tl.trans(result).to(a_chunk.dtype))

@@ -44,6 +44,7 @@ TOY = Settings(
     vocabulary=97,
     layers=8,
 )
+PLAN = Plan(TOY, (), seconds=0.0)
 RUNS_ON_CPU = {
     "fulmen torch",
     "fulmen auto",
@@ -69,7 +70,7 @@ def test_references_agree_with_the_truth(op: str) -> None:
         for name in case.providers:
             if name not in RUNS_ON_CPU:
                 continue
-            row = run_job(case, name, expected, CPU, torch.float32, 0.0, CEILINGS)
+            row = run_job(case, name, expected, CPU, torch.float32, PLAN, CEILINGS)
             assert row.get("forward_ms"), row
             has_backward = bool(make_inputs(case, CPU, torch.float32).gradients)
             assert ("training_ms" in row) == has_backward, row
@@ -86,7 +87,7 @@ def test_our_kernels_say_why_they_cannot_run_here(op: str) -> None:
     for case in cases_of(op, replace(TOY, rivals=False)):
         expected = truth_of(case, CPU, torch.float32)
         for name in set(case.providers) - RUNS_ON_CPU:
-            row = run_job(case, name, expected, CPU, torch.float32, 0.0, CEILINGS)
+            row = run_job(case, name, expected, CPU, torch.float32, PLAN, CEILINGS)
             assert row["failed"]
             assert "forward_ms" not in row
 
