@@ -1,10 +1,10 @@
 """Which rank attends for which tokens of a row, so that in softmax layers all have as much to do.
 
 A token sees its document from the start, so of one long document the first rank's part takes a
-fraction of the work of the last one's. The row is cut into two chunks a rank, and where the
-contiguous split is uneven, each rank attends for a chunk with much work and one with little; of one
-long document these are the first and the last, the second and the last but one, and so on. Every
-rank plans alike from the documents' boundaries. Only softmax layers see it: `Move` brings tokens
+fraction of the work of the last one's. Where the contiguous split is uneven enough, the row is cut
+into some chunks a rank, and each rank attends for chunks with much work and chunks with little; of
+one long document these are the first chunk and the last, the second and the last but one, and so
+on. Every rank plans alike from the documents' boundaries. Only softmax layers see it: tokens move
 there and back. Positions are in the queries and keys by then.
 """
 
@@ -22,7 +22,15 @@ from torch import Tensor
 from fulmen.kernels.attention import Documents
 
 EVEN_ENOUGH = 1.1
-"""Work of the busiest rank over the mean up to which nothing is moved."""
+"""Work of the busiest rank over the mean up to which nothing more is done."""
+WORTH_MOVING = 1024
+"""Pairs of query and key a token that the busiest rank has more than the mean, to be worth it.
+
+Forward and backward, a pair is 14 operations a number of the query, and a move of query, output and
+their gradients 8 bytes: at 450 TFLOP/s and 300 GB/s a token moves in the time of 860 pairs.
+"""
+CHUNKS = (2, 4, 8)
+"""Numbers of chunks a rank to try in turn. More chunks are more even, and more, smaller blocks."""
 
 
 class Range(NamedTuple):
@@ -56,7 +64,7 @@ class Layout:
     bounds: tuple[int, ...]
     """Of all documents of the row, from 0 to its end."""
     chunks: tuple[tuple[int, int], ...]
-    """First token and end of each; two lie on each rank, in order."""
+    """First token and end of each, in order; as many lie on each rank."""
     owned: tuple[tuple[int, ...], ...]
     """Chunks that each rank attends for, ascending."""
     ranges: tuple[tuple[Range, ...], ...]
@@ -70,7 +78,13 @@ class Layout:
     @property
     def stays(self) -> bool:
         """Whether every rank attends for the tokens that lie on it."""
-        return all(chunk // 2 == rank for rank, mine in enumerate(self.owned) for chunk in mine)
+        return all(
+            self.home(chunk) == rank for rank in range(self.size) for chunk in self.owned[rank]
+        )
+
+    def home(self, chunk: int) -> int:
+        """The rank that a chunk lies on."""
+        return chunk * self.size // len(self.chunks)
 
     def tokens_of(self, chunk: int) -> int:
         """Tokens of a chunk."""
@@ -112,18 +126,37 @@ def imbalance(work: Sequence[int]) -> float:
 @lru_cache(maxsize=16)
 def plan_layout(size: int, tokens: int, bounds: tuple[int, ...], balanced: bool) -> Layout:
     """The layout of a row of `size` parts of `tokens` each; kept for the layers of a model."""
-    chunks = []
-    for first in range(0, size * tokens, tokens):
-        middle = first + (tokens + 1) // 2
-        chunks += [(first, middle), (middle, first + tokens)]
-    layout = _layout(bounds, chunks, [[2 * rank, 2 * rank + 1] for rank in range(size)])
-    uneven = imbalance(layout.work())
-    if not balanced or uneven <= EVEN_ENOUGH:
-        return layout
-    by_work = sorted(range(2 * size), key=lambda chunk: attention_work(bounds, *chunks[chunk]))
-    pairs = [sorted((by_work[i], by_work[-1 - i])) for i in range(size)]
-    folded = _layout(bounds, chunks, sorted(pairs))
-    return folded if imbalance(folded.work()) < uneven else layout
+    parts = [(rank * tokens, (rank + 1) * tokens) for rank in range(size)]
+    best = _layout(bounds, parts, [[rank] for rank in range(size)])
+    for per_rank in CHUNKS if balanced else ():
+        if _is_even(best.work(), tokens):
+            break
+        chunks = [
+            (start + tokens * i // per_rank, start + tokens * (i + 1) // per_rank)
+            for start, _ in parts
+            for i in range(per_rank)
+        ]
+        layout = _layout(bounds, chunks, _deal(bounds, chunks, size))
+        best = min(best, layout, key=lambda layout: imbalance(layout.work()))
+    return best
+
+
+def _is_even(work: Sequence[int], tokens: int) -> bool:
+    gain = max(work) - sum(work) / len(work)
+    return imbalance(work) <= EVEN_ENOUGH or gain < WORTH_MOVING * tokens
+
+
+def _deal(bounds: tuple[int, ...], chunks: Sequence[tuple[int, int]], size: int) -> list[list[int]]:
+    """As many chunks to each rank: that with the most work to the rank with the least so far."""
+    work = [attention_work(bounds, *ends) for ends in chunks]
+    hands: list[list[int]] = [[] for _ in range(size)]
+    total = [0] * size
+    for chunk in sorted(range(len(chunks)), key=lambda chunk: -work[chunk]):
+        free = [rank for rank in range(size) if len(hands[rank]) < len(chunks) // size]
+        rank = min(free, key=total.__getitem__)
+        hands[rank].append(chunk)
+        total[rank] += work[chunk]
+    return sorted(sorted(hand) for hand in hands)
 
 
 def _layout(
@@ -202,28 +235,30 @@ class _Move(torch.autograd.Function):
 def _move(x: Tensor, layout: Layout, rank: int, group: dist.ProcessGroup, home: bool) -> Tensor:
     """One exchange. Both ends agree on the order: by chunk among those of one sender and receiver.
 
-    What a rank attends for is ascending by chunk, so by the ranks where it lies; its own two chunks
-    may go to ranks in either order.
+    What a rank attends for is ascending by chunk, so by the ranks where it lies; the chunks that
+    lie on it go to ranks in any order.
     """
     owner = {chunk: other for other, mine in enumerate(layout.owned) for chunk in mine}
-    own = sorted((2 * rank, 2 * rank + 1), key=lambda chunk: (owner[chunk], chunk))
-    away = [0] * layout.size
-    for chunk in own:
+    lying = [chunk for chunk in sorted(owner) if layout.home(chunk) == rank]
+    leaving = sorted(lying, key=lambda chunk: (owner[chunk], chunk))
+    away, here = [0] * layout.size, [0] * layout.size
+    for chunk in lying:
         away[owner[chunk]] += layout.tokens_of(chunk)
-    here = [0] * layout.size
     for chunk in layout.owned[rank]:
-        here[chunk // 2] += layout.tokens_of(chunk)
+        here[layout.home(chunk)] += layout.tokens_of(chunk)
     if home:
         moved = x.new_empty(sum(away), *x.shape[1:])
         dist.all_to_all_single(moved, x.contiguous(), away, here, group=group)
-        return _swapped(moved, [layout.tokens_of(chunk) for chunk in own], own[0] > own[1])
-    sizes = [layout.tokens_of(chunk) for chunk in sorted(own)]
-    x = _swapped(x, sizes, own[0] > own[1])
+        return _reordered(moved, layout, leaving, lying)
+    x = _reordered(x, layout, lying, leaving)
     moved = x.new_empty(sum(here), *x.shape[1:])
     dist.all_to_all_single(moved, x.contiguous(), here, away, group=group)
     return moved
 
 
-def _swapped(x: Tensor, sizes: Sequence[int], swap: bool) -> Tensor:
-    """The two pieces of `x` in the other order, if asked for."""
-    return torch.cat(x.split(list(sizes))[::-1]) if swap else x
+def _reordered(x: Tensor, layout: Layout, old: list[int], new: list[int]) -> Tensor:
+    """From the chunks `old` to the same ones in the order of `new`."""
+    if old == new:
+        return x
+    pieces = dict(zip(old, x.split([layout.tokens_of(chunk) for chunk in old]), strict=True))
+    return torch.cat([pieces[chunk] for chunk in new])

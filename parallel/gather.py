@@ -47,11 +47,12 @@ class _Gather(torch.autograd.Function):
         documents = documents_of(layout, rank, q.device)
         row = kv.new_empty(layout.size * kv.shape[0], *kv.shape[1:])
         gathering = _all_gather(row, kv, group=group, async_op=True)
-        if not layout.stays:
+        if layout.stays:
+            attended = Attended(q, kv, documents)  # while the others' keys come
             gathering.wait()
-            kv = _own(row, layout, rank)
-        attended = Attended(q, kv, documents)  # while the others' keys come, if kv stayed
-        gathering.wait()
+        else:
+            gathering.wait()
+            attended = Attended(q, _own(row, layout, rank), documents)
         attended.add(row, plan_gather(layout, rank))
         out, lse = attended.result()
         ctx.options = layout, rank, group, documents

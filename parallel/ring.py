@@ -8,7 +8,8 @@ without asking. Outputs are merged by log-sum-exp. In the backward pass the tail
 behind them their fp32 gradients, each rank adding its part; the last one sends them home.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -50,32 +51,35 @@ class RingPlan:
 def plan_ring(layout: Layout, rank: int) -> RingPlan:
     """The steps of `rank`."""
     size = layout.size
+    heads: list[dict[int, list[Range]]] = [defaultdict(list) for _ in range(size)]
+    for other, ranges in enumerate(layout.ranges):
+        for part in ranges:
+            if part.head:
+                heads[other][part.head_document].append(part)
     reach = []
     for source, ranges in enumerate(layout.ranges):
         steps = range(size - 1, 0, -1)
-        needed = (s for s in steps if _tiles(layout.ranges[(source + s) % size], ranges))
+        needed = (s for s in steps if _tiles(heads[(source + s) % size], ranges))
         reach.append(next(needed, 0))
     return RingPlan(
         rank=rank,
         tails=tuple(part.tail_here for part in layout.ranges[rank] if part.tail),
         tiles=tuple(
-            tuple(_tiles(layout.ranges[rank], layout.ranges[(rank - step) % size]))
-            for step in range(size)
+            tuple(_tiles(heads[rank], layout.ranges[(rank - step) % size])) for step in range(size)
         ),
         tokens=tuple(sum(part.tail for part in ranges) for ranges in layout.ranges),
         reach=tuple(reach),
     )
 
 
-def _tiles(mine: Sequence[Range], theirs: Sequence[Range]) -> list[Tile]:
-    """Queries of `mine` with the tails of `theirs` that they see."""
+def _tiles(heads: Mapping[int, Sequence[Range]], theirs: Sequence[Range]) -> list[Tile]:
+    """Heads, by document, with the tails of `theirs` that they see."""
     tiles, offset = [], 0
     for keys in theirs:
         here = slice(offset, offset + keys.tail)
         offset += keys.tail
-        for part in mine:
-            same = part.head_document == keys.tail_document and keys.end <= part.start
-            if part.head and keys.tail and same:
+        for part in heads.get(keys.tail_document, ()) if keys.tail else ():
+            if keys.end <= part.start:
                 tiles.append(Tile(slice(part.offset, part.offset + part.head), here))
     return tiles
 

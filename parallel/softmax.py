@@ -57,7 +57,7 @@ def spread_attention(
     """Causal attention on `[1, tokens, heads, head_dim]`, this rank's part, to all keys before."""
     layout = plan_layout(part.size, part.tokens, part.bounds, balanced)
     where = layout, part.rank, group
-    queries, kv = to_layout(q[0], *where), torch.cat([k[0], v[0]], dim=1)
+    queries, kv = to_layout(q[0].contiguous(), *where), torch.cat([k[0], v[0]], dim=1)
     if ring:
         out = ring_attention(queries, to_layout(kv, *where), *where)
     else:

@@ -29,9 +29,7 @@ def make(tokens: int, keys: int, heads: int, kv_heads: int, dim: int = DIM) -> l
     """q, k, v, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(tokens, heads, dim), (keys, kv_heads, dim), (keys, kv_heads, dim)]
-    return [
-        torch.randn(s, generator=generator, dtype=torch.float64) for s in (*shapes, shapes[0])
-    ]
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in (*shapes, shapes[0])]
 
 
 def documents_of(lengths: list[int], device: str = "cpu") -> Documents:
@@ -260,7 +258,13 @@ def assert_close(mine: Tensor, wanted: Tensor, name: str, least: float = 0.1) ->
     ],
 )
 def test_blocks_on_the_gpu(
-    tokens: int, keys: int, lengths: list[int] | None, kv_heads: int, dim: int, name: str, chosen: Any
+    tokens: int,
+    keys: int,
+    lengths: list[int] | None,
+    kv_heads: int,
+    dim: int,
+    name: str,
+    chosen: Any,
 ) -> None:
     """Against fp64, with an output and log-sum-exp over more keys than the block has."""
     reason = why_not("torch_varlen" if name == "flash" else name, "cuda", 0, torch.bfloat16, dim)
