@@ -185,10 +185,9 @@ def _pass_back(
 
     `d_home` receives those of this rank's tails in the step in which they come.
     """
-    ops, arriving = [], None
     if step == 0:
         return _Transfer()
-    tag = plan.size + step
+    ops, arriving, tag = [], None, plan.size + step
     source = plan.ahead(-step)
     if plan.reach[source] >= step:
         to = plan.ahead(1) if plan.reach[source] > step else source
