@@ -13,6 +13,8 @@ class KernelsConfig:
     """Lightning attention: triton or torch."""
     attention: str = AUTO
     """Softmax attention: flash_attn_4, flash_attn_3, flash_attn_2, torch_varlen, cudnn, or sdpa."""
+    attention_block: str = AUTO
+    """Softmax attention on a part of the keys, for rows over ranks: flash, cudnn or torch."""
     silu_qkv: str = AUTO
     """SiLU on q, k and v with the split by head: triton or torch."""
     norm: str = AUTO
@@ -43,6 +45,7 @@ IMPLEMENTATIONS = {item.name: _OURS for item in fields(KernelsConfig)} | {
         "cudnn",
         "sdpa",
     ),
+    "attention_block": ("flash", "cudnn", "torch"),
     "grouped_gemm": ("grouped_mm", "triton", "torch"),
 }
 """What each op can be asked to run on."""

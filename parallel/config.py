@@ -17,6 +17,10 @@ class ParallelConfig:
     """ZeRO stage of the dense parameters: 0 none, 1 optimiser, 2 + gradients, 3 + parameters."""
     expert_zero_stage: int | None = None
     """ZeRO stage of the expert parameters; null = as zero_stage."""
+    softmax_attention: str = "gather"
+    """Softmax layers with cp > 1: ring (keys travel) or gather (every rank gets all keys)."""
+    balance_attention: bool = True
+    """Even out softmax attention over cp ranks where long documents make it uneven."""
 
 
 def check_parallel(config: ParallelConfig, world_size: int) -> None:
@@ -34,3 +38,7 @@ def check_parallel(config: ParallelConfig, world_size: int) -> None:
         value = getattr(config, name)
         if value is not None and value not in (0, 1, 2, 3):
             raise ValueError(f"parallel.{name}={value}: must be 0, 1, 2 or 3")
+    if config.softmax_attention not in ("ring", "gather"):
+        raise ValueError(
+            f"parallel.softmax_attention={config.softmax_attention}: must be ring or gather"
+        )

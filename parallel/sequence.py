@@ -6,7 +6,7 @@ what has to be exchanged is known without asking:
 - lightning layers (LASP+, arXiv:2501.08313 section 3.2, with decay and documents): the state of the
   document that reaches a part's end is gathered, `[heads, head_dim, head_dim]` in fp32 a rank
   whatever the length, and combined with the decay over the tokens between;
-- softmax layers: keys and values are gathered;
+- softmax layers: keys and values, see softmax.py;
 - the load-balancing loss: counts of assignments are summed.
 """
 
@@ -20,11 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulmen.kernels.attention import softmax_attention
 from fulmen.kernels.lightning import lightning_attention
 from fulmen.models.layers import Context, decay_slopes
 from fulmen.models.lightning import LightningAttention
-from fulmen.models.softmax import SoftmaxAttention
 
 STATE_TOKENS = 8192
 """Tokens whose keys and values are held in fp32 at a time."""
@@ -166,50 +164,6 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = tensor.new_empty(group.size(), *tensor.shape)
     dist.all_gather(list(parts), tensor.contiguous(), group=group)
     return parts
-
-
-def gathered_attend(
-    layer: SoftmaxAttention,
-    group: dist.ProcessGroup,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context: Context,
-) -> Tensor:
-    """`SoftmaxAttention.attend` on a part of a row."""
-    assert isinstance(context.row_part, RowPart)
-    return gathered_attention(q, k, v, context.row_part, group)
-
-
-def gathered_attention(
-    q: Tensor, k: Tensor, v: Tensor, part: RowPart, group: dist.ProcessGroup
-) -> Tensor:
-    """Causal attention on `[1, tokens, heads, head_dim]`, this rank's part, to all keys before."""
-    k, v = (_GatherTokens.apply(x[0], group) for x in (k, v))
-    outputs, start = [], part.first
-    for length in part.lengths:
-        end = start + length
-        keys = slice(part.document_before(start + 1), end)
-        here = slice(start - part.first, end - part.first)
-        outputs.append(softmax_attention(q[:, here], k[None, keys], v[None, keys]))
-        start = end
-    return torch.cat(outputs, dim=1)
-
-
-class _GatherTokens(torch.autograd.Function):
-    """`[all tokens, ...]` from each rank's `[tokens, ...]`; gradients are summed over ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(part, group).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        parts = list(gradients[0].contiguous().chunk(ctx.group.size()))
-        part = torch.empty_like(parts[0])
-        dist.reduce_scatter(part, parts, group=ctx.group)
-        return part, None
 
 
 def sum_counts(group: dist.ProcessGroup, counts: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Causal softmax attention with grouped queries and packed documents."""
 
+from fulmen.kernels.attention.block import Documents, attend_block, attend_block_backward
 from fulmen.kernels.attention.op import softmax_attention
 
-__all__ = ["softmax_attention"]
+__all__ = ["Documents", "attend_block", "attend_block_backward", "softmax_attention"]
