@@ -17,6 +17,10 @@ class ParallelConfig:
     """ZeRO stage of the dense parameters: 0 none, 1 optimiser, 2 + gradients, 3 + parameters."""
     expert_zero_stage: int | None = None
     """ZeRO stage of the expert parameters; null = as zero_stage."""
+    timeout_s: float = 600.0
+    """Time limit of a collective; what the ranks wait for is logged at 0.8 of it."""
+    rendezvous_timeout_s: float = 300.0
+    """Time limit for all ranks to come at the start."""
 
 
 def check_parallel(config: ParallelConfig, world_size: int) -> None:

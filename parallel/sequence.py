@@ -25,6 +25,7 @@ from fulmen.kernels.lightning import lightning_attention
 from fulmen.models.layers import Context, decay_slopes
 from fulmen.models.lightning import LightningAttention
 from fulmen.models.softmax import SoftmaxAttention
+from fulmen.parallel.progress import exchange
 
 STATE_TOKENS = 8192
 """Tokens whose keys and values are held in fp32 at a time."""
@@ -148,7 +149,9 @@ class _ExchangeStates(torch.autograd.Function):
         sender = torch.arange(part.size, device=state.device)
         reached = (sender >= part.first_sender) & (sender < part.rank)
         weights = _remaining(part, slopes, part.rank - 1 - sender, reached)
-        return torch.einsum("sh,shde->hde", weights.to(state.dtype), _gather(state, group))
+        with exchange("LASP+ states", group):
+            states = _gather(state, group)
+        return torch.einsum("sh,shde->hde", weights.to(state.dtype), states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,7 +160,8 @@ class _ExchangeStates(torch.autograd.Function):
         receiver = torch.arange(part.size, device=gradient.device)
         reached = (receiver > part.rank) & (receiver <= part.last_receiver)
         weights = _remaining(part, slopes, receiver - part.rank - 1, reached).to(gradient.dtype)
-        received = _gather(gradient, ctx.group)
+        with exchange("LASP+ gradients of states", ctx.group):
+            received = _gather(gradient, ctx.group)
         return torch.einsum("rh,rhde->hde", weights, received), None, None, None
 
 
@@ -202,18 +206,21 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _gather(part, group).flatten(0, 1)
+        with exchange("keys and values", group):
+            return _gather(part, group).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         parts = list(gradients[0].contiguous().chunk(ctx.group.size()))
         part = torch.empty_like(parts[0])
-        dist.reduce_scatter(part, parts, group=ctx.group)
+        with exchange("gradients of keys and values", ctx.group):
+            dist.reduce_scatter(part, parts, group=ctx.group)
         return part, None
 
 
 def sum_counts(group: dist.ProcessGroup, counts: Tensor) -> Tensor:
     """Assignments per expert over all parts of a row; `MoE.count_over_row`."""
     total = counts.clone()
-    dist.all_reduce(total, group=group)
+    with exchange("counts of the router", group):
+        dist.all_reduce(total, group=group)
     return total
