@@ -17,6 +17,7 @@ from fulmen.models.text import (
     count_active_parameters,
     count_parameters,
 )
+from fulmen.parallel.audit import audit
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.plan import parallelize
 from fulmen.parallel.progress import phase
@@ -57,6 +58,9 @@ class Trainer:
             compile_blocks=config.trainer.compile,
             seed=config.seed,
         )
+        for line in audit(self.model, self.engine, config.parallel).splitlines():
+            if mesh.rank == 0:
+                log.info(line)
         self.optimizer = Optimizer(self.engine, config.optim)
         self.checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
         self.loader = self._open_loader(self._resume())
