@@ -23,6 +23,7 @@ def train(config: RunConfig, recipe: str) -> None:
     import torch.distributed as dist
 
     from fulmen.parallel.mesh import build_mesh
+    from fulmen.parallel.progress import ExchangeError
     from fulmen.parallel.rendezvous import join_world
     from fulmen.trainer.run import run
 
@@ -33,6 +34,8 @@ def train(config: RunConfig, recipe: str) -> None:
     )
     try:
         run(config, build_mesh(config.parallel, device), recipe)
+    except ExchangeError as error:
+        sys.exit(f"error: {error}")  # the traceback is in the log
     finally:
         dist.destroy_process_group()
 

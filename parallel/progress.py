@@ -185,6 +185,7 @@ class Watch:
         self._limit_s = REPORT_AT * timeout_s
         self._beat = 0
         self._end = ""
+        self._failed = False
         self._lost = ""
         """How the store failed."""
         self._seen = ""
@@ -208,7 +209,7 @@ class Watch:
     def stop_for(self, error: Exception) -> None:
         """Tell the others that this rank stops for an error of its own."""
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        self._end = f"stopped by {reason[:200]}"
+        self._failed, self._end = True, f"stopped by {reason[:200]}"
         self._send()
         self._use_store(lambda: self._store.set("alarm", "1"))
         self._linger()
@@ -216,7 +217,7 @@ class Watch:
     def explain(self, error: Exception) -> ExchangeError:
         """A failed collective, with where all ranks are."""
         reason = f"{error}".strip().partition("\n")[0]
-        place = self._place()
+        self._failed, place = True, self._place()
         self._use_store(lambda: self._store.set("alarm", "1"))
         self._look_once()
         self._end = GAVE_UP
@@ -232,17 +233,20 @@ class Watch:
             waited = time.monotonic() - _HERE.since
             if waited >= self._limit_s and position != reported:
                 reported = position
-                self._report(f"rank {self._rank} is in {self._place()} for {waited:.0f} s", None)
+                headline = f"rank {self._rank} is in {self._place()} for {waited:.0f} s"
+                if _HERE.step == 0:
+                    headline += " (the first step also compiles kernels)"
+                self._report(headline, self._look())
             elif not self._seen and self._use_store(lambda: self._store.check(["alarm"])):
                 self._look_once()
-                self._report(f"a rank failed; rank {self._rank} is in {self._place()}", self._seen)
+                if not self._failed:  # else its error says it
+                    headline = f"a rank failed; rank {self._rank} is in {self._place()}"
+                    self._report(headline, self._seen)
 
-    def _report(self, headline: str, seen: str | None) -> None:
-        text = f"{headline}\n  {self._look() if seen is None else seen}"
+    def _report(self, headline: str, seen: str) -> None:
         if self._stop.is_set():
-            return  # an error that all ranks agree on, or the end of the wait
-        if _HERE.step == 0:
-            text += "\n  (in the first step kernels are compiled, which can take long)"
+            return  # the run ended, as it had to or by an error that all ranks agree on
+        text = f"{headline}\n  {seen}"
         log.error("%s", text)
         if self._rank != 0 and "missing: rank 0" in text:
             print(text, file=sys.stderr, flush=True)  # only rank 0 logs to the console

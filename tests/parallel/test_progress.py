@@ -127,10 +127,10 @@ def steps(fault: str, faulty: int) -> tuple[str, list[str], list[str]]:
     progress.INTERVAL_S = 0.3
     lines = Lines()
     logging.getLogger("fulmen").addHandler(lines)
-    join_world(timeout_s=4)
+    join_world(timeout_s=6)
     rank, error = dist.get_rank(), ""
     try:
-        with watched(rank, dist.get_world_size(), 4):
+        with watched(rank, dist.get_world_size(), 6):
             for step in range(1, 3):
                 phase("forward", step)
                 if step == 2 and rank == faulty:
@@ -147,7 +147,7 @@ def steps(fault: str, faulty: int) -> tuple[str, list[str], list[str]]:
 
 def go_wrong(fault: str) -> None:
     if fault == "sleep":
-        time.sleep(12)
+        time.sleep(13)
     elif fault == "die":
         time.sleep(3 * progress.INTERVAL_S)  # for its last position to be told
         os._exit(1)
