@@ -44,6 +44,8 @@ INTERVAL_S = 1.0
 """Between two signs of life."""
 _SILENT_AFTER = 3
 """Intervals without a sign of life."""
+START = -1
+"""Stands for the number of a step before the first one."""
 LEFT, GAVE_UP = "left the run", "gave up waiting"
 _GLOO = ("gloo", "Connection closed by peer", "Connection reset", "Timed out", "Broken pipe")
 
@@ -56,7 +58,9 @@ class ExchangeError(RuntimeError):
 class _Position:
     """Written by whatever thread runs the step, read by the watch."""
 
-    step: int = 0
+    step: int = START
+    steps: int = 0
+    """That have begun in this process."""
     count: int = 0
     """Phases and exchanges of the step that have begun or ended."""
     name: str = "start-up"
@@ -71,7 +75,7 @@ _HERE = _Position()
 def phase(name: str, step: int | None = None) -> None:
     """This process goes on to something that is no part of what it did before."""
     if step is not None and step != _HERE.step:
-        _HERE.step, _HERE.count = step, 0
+        _HERE.step, _HERE.count, _HERE.steps = step, 0, _HERE.steps + 1
     _HERE.count += 1
     _HERE.name, _HERE.group, _HERE.since = name, None, time.monotonic()
 
@@ -135,7 +139,7 @@ def describe(signs: dict[int, Sign | None], silent: dict[int, float], asked: set
         if sign is None:
             text = "no sign of life so far"
         else:
-            text = f"in {sign.name} (step {sign.step}, position {sign.count})"
+            text = f"in {sign.name} {_numbered(sign.step, sign.count)}"
             if rank in silent:
                 text = f"not heard of for {silent[rank]:.0f} s, last {text}"
             elif rank in lost:
@@ -151,6 +155,10 @@ def describe(signs: dict[int, Sign | None], silent: dict[int, float], asked: set
     else:
         said.append("all ranks are at the same place: look at the network and the devices")
     return "\n  ".join(said)
+
+
+def _numbered(step: int, count: int) -> str:
+    return f"(step {step}, position {count})" if step >= 0 else "(before the first step)"
 
 
 @contextmanager
@@ -194,7 +202,8 @@ class Watch:
         self._using, self._looking = threading.Lock(), threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-        phase("start-up", 0)
+        phase("start-up", START)
+        _HERE.steps = 0
         self._send()
         self._thread.start()
 
@@ -216,7 +225,7 @@ class Watch:
 
     def explain(self, error: Exception) -> ExchangeError:
         """A failed collective, with where all ranks are."""
-        reason = f"{error}".strip().partition("\n")[0]
+        reason = f"{error}".strip().partition("\n")[0][:200]
         self._failed, place = True, self._place()
         self._use_store(lambda: self._store.set("alarm", "1"))
         self._look_once()
@@ -234,7 +243,7 @@ class Watch:
             if waited >= self._limit_s and position != reported:
                 reported = position
                 headline = f"rank {self._rank} is in {self._place()} for {waited:.0f} s"
-                if _HERE.step == 0:
+                if _HERE.steps == 1:
                     headline += " (the first step also compiles kernels)"
                 self._report(headline, self._look())
             elif not self._seen and self._use_store(lambda: self._store.check(["alarm"])):
@@ -253,7 +262,7 @@ class Watch:
 
     def _place(self) -> str:
         among = "" if _HERE.group is None else f" among {name_ranks(self._asked())}"
-        return f"{_HERE.name}{among} (step {_HERE.step}, position {_HERE.count})"
+        return f"{_HERE.name}{among} {_numbered(_HERE.step, _HERE.count)}"
 
     def _asked(self) -> set[int]:
         if _HERE.group is None:

@@ -178,6 +178,7 @@ class Trainer:
         path = self._checkpoint_to_resume()
         if path is None:
             return None
+        phase("resume")
         check_same_model(path, self.config.model)
         for change in changed_keys(path, self.config):
             log.warning("differs from %s: %s", path.name, change)

@@ -10,7 +10,7 @@ from fulmen.data.config import SourceConfig
 from fulmen.data.shards import read_manifest
 from fulmen.kernels import registry
 from fulmen.parallel.mesh import Mesh
-from fulmen.parallel.progress import ExchangeError, watched
+from fulmen.parallel.progress import ExchangeError, phase, watched
 from fulmen.parallel.rendezvous import set_timeout
 from fulmen.trainer.config import RunConfig, check_run_folder
 from fulmen.trainer.loop import Trainer
@@ -53,6 +53,7 @@ def describe_run(config: RunConfig, trainer: Trainer, run_dir: Path) -> None:
     """Write what holds for all of a run; once the trainer has agreed to go on with its folder."""
     (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     if trainer.held_out:
+        phase("unigram model")
         weights = {name: source.weight for name, source in config.data.sources.items()}
         loss = unigram_loss(trainer.loader.splits, trainer.held_out, weights)
         log.info("a unigram model of this data has a loss of %.3f", loss)
