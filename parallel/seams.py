@@ -12,7 +12,7 @@ def fill_seam(module: nn.Module, seam: str, function: Callable[..., Any], note: 
     """Replace the method `seam` of a layer; `note` says how it works now, in a few words."""
     assert callable(getattr(module, seam))
     setattr(module, seam, function)
-    vars(module).setdefault(_NOTES, {})[seam] = note
+    vars(module).setdefault(_NOTES, {})[seam] = function, note
 
 
 def filled_with(module: nn.Module, seam: str) -> str | None:
@@ -20,5 +20,7 @@ def filled_with(module: nn.Module, seam: str) -> str | None:
     function = vars(module).get(seam)
     if function is None:
         return None
-    name = getattr(getattr(function, "func", function), "__name__", repr(function))
-    return vars(module).get(_NOTES, {}).get(seam, name)
+    noted, note = vars(module).get(_NOTES, {}).get(seam, (None, ""))
+    if noted is function:
+        return note
+    return getattr(getattr(function, "func", function), "__name__", repr(function))

@@ -168,5 +168,7 @@ def test_a_seam_without_a_note_has_the_functions_name(one_rank: torch.device) ->
     model, _ = build(one_rank, ParallelConfig())
     layer = model.layers[0].self_attn
     assert filled_with(layer, "attend") is None
-    layer.attend = DTensor.from_local
+    fill_seam(layer, "attend", layer.attend, "a note")
+    assert filled_with(layer, "attend") == "a note"
+    layer.attend = DTensor.from_local  # the note is of the one before
     assert filled_with(layer, "attend") == "from_local"
