@@ -33,7 +33,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from fulmen.parallel.rendezvous import name_ranks, open_store
+from fulmen.parallel.rendezvous import name_ranks, of_attempt, open_store
 
 log = logging.getLogger("fulmen")
 Result = TypeVar("Result")
@@ -188,7 +188,7 @@ class Watch:
     """A thread that tells the other ranks where this one is, and reports when it stands still."""
 
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
-        self._store = dist.PrefixStore("progress", open_store(timeout_s))
+        self._store = dist.PrefixStore(of_attempt("progress"), open_store(timeout_s))
         self._rank, self._ranks = rank, range(world_size)
         self._limit_s = REPORT_AT * timeout_s
         self._beat = 0

@@ -71,7 +71,7 @@ def join_world(
     if given:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         met = _meet(rank, world_size, device, settings or {}, meeting_s)
-        store = dist.PrefixStore(_of_attempt("world"), met)
+        store = dist.PrefixStore(of_attempt("world"), met)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -116,8 +116,8 @@ def open_store(timeout_s: float, *, as_host: bool = False) -> dist.TCPStore:
         ) from None
 
 
-def _of_attempt(name: str) -> str:
-    # An agent's store may outlive the processes that it starts again.
+def of_attempt(name: str) -> str:
+    """A prefix for keys: an agent's store may outlive the processes that it starts again."""
     return f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
@@ -156,7 +156,7 @@ def _meet(
     # torchrun keeps a store in its agent, where rank 0 is a guest like others.
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = open_store(limit_s, as_host=is_host)
-    meeting = dist.PrefixStore(_of_attempt("meeting"), store)
+    meeting = dist.PrefixStore(of_attempt("meeting"), store)
     try:
         verdict = _hear_verdict(meeting, rank, world_size, _facts(device, settings), deadline)
         if verdict == _GOOD:
