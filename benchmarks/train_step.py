@@ -24,8 +24,9 @@ from fulmen.kernels import registry
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.text import TextModel, count_active_parameters, count_parameters
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import build_mesh, join_world
+from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.plan import parallelize
+from fulmen.parallel.rendezvous import join_world
 from fulmen.trainer.config import OptimConfig
 from fulmen.trainer.flops import device_peak, palm_training_flops, training_flops
 from fulmen.trainer.optim import Optimizer

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from dataclasses import asdict
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -21,12 +22,20 @@ def train(config: RunConfig, recipe: str) -> None:
     # torch takes seconds to import; a mistake in the configuration is told before that.
     import torch.distributed as dist
 
-    from fulmen.parallel.mesh import build_mesh, join_world
+    from fulmen.parallel.mesh import build_mesh
+    from fulmen.parallel.progress import ExchangeError
+    from fulmen.parallel.rendezvous import join_world
     from fulmen.trainer.run import run
 
-    device = join_world()
+    device = join_world(
+        asdict(config),
+        timeout_s=config.parallel.timeout_s,
+        meeting_s=config.parallel.rendezvous_timeout_s,
+    )
     try:
         run(config, build_mesh(config.parallel, device), recipe)
+    except ExchangeError as error:
+        sys.exit(f"error: {error}")  # the traceback is in the log
     finally:
         dist.destroy_process_group()
 

@@ -21,6 +21,10 @@ class ParallelConfig:
     """Softmax layers with cp > 1: ring (keys travel) or gather (every rank gets all keys)."""
     balance_attention: bool = True
     """Even out softmax attention over cp ranks where long documents make it uneven."""
+    timeout_s: float = 600.0
+    """Time limit of a collective; what the ranks wait for is logged at 0.8 of it."""
+    rendezvous_timeout_s: float = 300.0
+    """Time limit for all ranks to come at the start."""
 
 
 def check_parallel(config: ParallelConfig, world_size: int) -> None:

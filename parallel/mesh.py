@@ -1,7 +1,5 @@
 """All group arithmetic: which ranks form which axis."""
 
-import datetime
-import os
 from dataclasses import dataclass
 
 import torch
@@ -32,38 +30,6 @@ class Mesh:
     so that for ZeRO they are data-parallel ranks like others."""
     replicate: DeviceMesh
     """(all ranks, 1): ZeRO stage 0, a full copy on each."""
-
-
-def join_world() -> torch.device:
-    """Start the default process group and return this rank's device.
-
-    Under torchrun (or any launcher that sets RANK and WORLD_SIZE) the ranks meet at its
-    rendezvous; a plain `python` is a world of one. A launcher that sets only one of the two is an
-    error: falling back to one process would train N copies side by side.
-    """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in os.environ]
-    if given and len(given) < len(names):
-        raise ValueError(
-            f"the environment sets {', '.join(given)} but not all of RANK, WORLD_SIZE, MASTER_ADDR "
-            "and MASTER_PORT: start with torchrun, or with none of them for one process"
-        )
-    if torch.cuda.is_available():
-        if given and "LOCAL_RANK" not in os.environ:
-            raise ValueError("the environment sets RANK but not LOCAL_RANK: start with torchrun")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-    timeout = datetime.timedelta(minutes=10)
-    if given:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(
-            backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore()
-        )
-    return device
 
 
 def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:

@@ -13,6 +13,7 @@ from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, TextModel
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.seams import fill_seam
 from fulmen.parallel.sequence import lasp_attend, sum_counts
 from fulmen.parallel.softmax import softmax_over_ranks
 from fulmen.parallel.zero import ZeroEngine, local_rows
@@ -71,19 +72,21 @@ def parallelize(
 
 def spread_rows(model: TextModel, mesh: Mesh, config: ParallelConfig) -> None:
     """Give every layer its way to work on a part of a row; a layer without one is an error."""
-    softmax_attend = softmax_over_ranks(mesh, config)
+    softmax_attend, softmax_note = softmax_over_ranks(mesh, config)
     for name, module in model.named_modules():
         if isinstance(module, LightningAttention):
-            module.attend = partial(lasp_attend, module, mesh.cp_group)  # type: ignore[method-assign]
+            attend = partial(lasp_attend, module, mesh.cp_group)
+            fill_seam(module, "attend", attend, "LASP+: one gather of states")
         elif isinstance(module, SoftmaxAttention):
-            module.attend = softmax_attend  # type: ignore[method-assign]
+            fill_seam(module, "attend", softmax_attend, softmax_note)
         elif hasattr(module, "attend"):
             raise TypeError(
                 f"{name} ({type(module).__name__}) attends to other tokens, but parallel/plan.py "
                 "has no way to spread it over parallel.cp ranks"
             )
         elif isinstance(module, MoE):
-            module.count_over_row = partial(sum_counts, mesh.cp_group)  # type: ignore[method-assign]
+            count = partial(sum_counts, mesh.cp_group)
+            fill_seam(module, "count_over_row", count, "sum of the router's counts")
 
 
 def _checkpoint_activations(block: nn.Module) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from fulmen.kernels.lightning import lightning_attention
 from fulmen.models.layers import Context, decay_slopes
 from fulmen.models.lightning import LightningAttention
+from fulmen.parallel.progress import exchange
 
 STATE_TOKENS = 8192
 """Tokens whose keys and values are held in fp32 at a time."""
@@ -146,7 +147,9 @@ class _ExchangeStates(torch.autograd.Function):
         sender = torch.arange(part.size, device=state.device)
         reached = (sender >= part.first_sender) & (sender < part.rank)
         weights = _remaining(part, slopes, part.rank - 1 - sender, reached)
-        return torch.einsum("sh,shde->hde", weights.to(state.dtype), _gather(state, group))
+        with exchange("LASP+ states", group):
+            states = _gather(state, group)
+        return torch.einsum("sh,shde->hde", weights.to(state.dtype), states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,7 +158,8 @@ class _ExchangeStates(torch.autograd.Function):
         receiver = torch.arange(part.size, device=gradient.device)
         reached = (receiver > part.rank) & (receiver <= part.last_receiver)
         weights = _remaining(part, slopes, receiver - part.rank - 1, reached).to(gradient.dtype)
-        received = _gather(gradient, ctx.group)
+        with exchange("LASP+ gradients of states", ctx.group):
+            received = _gather(gradient, ctx.group)
         return torch.einsum("rh,rhde->hde", weights, received), None, None, None
 
 
@@ -169,5 +173,6 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def sum_counts(group: dist.ProcessGroup, counts: Tensor) -> Tensor:
     """Assignments per expert over all parts of a row; `MoE.count_over_row`."""
     total = counts.clone()
-    dist.all_reduce(total, group=group)
+    with exchange("counts of the router", group):
+        dist.all_reduce(total, group=group)
     return total

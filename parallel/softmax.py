@@ -20,14 +20,15 @@ from fulmen.parallel.ring import ring_attention
 from fulmen.parallel.sequence import RowPart
 
 
-def softmax_over_ranks(mesh: Mesh, config: ParallelConfig) -> Callable[..., Tensor]:
-    """What replaces `SoftmaxAttention.attend`."""
+def softmax_over_ranks(mesh: Mesh, config: ParallelConfig) -> tuple[Callable[..., Tensor], str]:
+    """What replaces `SoftmaxAttention.attend`, and a note of what it does."""
     # NCCL connects a group at its first collective, in which all ranks have to take part; in a
     # step of the ring, those that share no document do not.
     dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.cp_group)
-    return partial(
-        _attend, mesh.cp_group, config.softmax_attention == "ring", config.balance_attention
-    )
+    is_ring = config.softmax_attention == "ring"
+    note = "ring of keys and values" if is_ring else "gather of keys and values"
+    note += ", balanced" if config.balance_attention else ""
+    return partial(_attend, mesh.cp_group, is_ring, config.balance_attention), note
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # boundaries are no part of a graph

@@ -16,7 +16,8 @@ number of ranks or on the size of a mesh axis.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -91,6 +92,11 @@ class ZeroEngine:
             unit.set_requires_gradient_sync(is_last or stage >= 2, recurse=False)
             unit.set_reshard_after_backward(is_last or stage == 3, recurse=False)
             unit.set_is_last_backward(is_last)
+
+    @property
+    def stages(self) -> Mapping[nn.Module, int]:
+        """ZeRO stage of each unit."""
+        return cast(Mapping[nn.Module, int], self._stages)  # a unit is a module of its own class
 
     def materialize(self) -> None:
         """Allocate this rank's shards, without values; call once, after the last `shard`."""

@@ -32,7 +32,7 @@ def one_rank() -> Iterator[torch.device]:
     """The test's own process as a world of one."""
     import torch.distributed as dist
 
-    from fulmen.parallel.mesh import join_world
+    from fulmen.parallel.rendezvous import join_world
 
     yield join_world()
     dist.destroy_process_group()

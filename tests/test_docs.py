@@ -116,7 +116,13 @@ def test_every_command_runs(checkout: Path) -> None:
 @pytest.mark.fast
 def test_links_lead_somewhere() -> None:
     others = [str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*/README.md")]
-    for document in [*DOCUMENTS, *others, "docs/metrics.md", "docs/performance.md"]:
+    for document in [
+        *DOCUMENTS,
+        *others,
+        "docs/metrics.md",
+        "docs/performance.md",
+        "docs/parallelism.md",
+    ]:
         text = (ROOT / document).read_text()
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"

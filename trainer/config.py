@@ -197,6 +197,8 @@ def _check_ranges(config: RunConfig) -> None:
         "evaluation.every_steps": config.evaluation.every_steps,
         "evaluation.max_tokens": config.evaluation.max_tokens,
         "log.every_steps": config.log.every_steps,
+        "parallel.timeout_s": config.parallel.timeout_s,
+        "parallel.rendezvous_timeout_s": config.parallel.rendezvous_timeout_s,
     }
     optional = ("optim.grad_clip", "trainer.", "checkpoint.every_steps", "evaluation.every_steps")
     for key, value in positive.items():

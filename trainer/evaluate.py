@@ -10,6 +10,7 @@ from fulmen.data.shards import PreparedSplit
 from fulmen.kernels.cross_entropy.op import IGNORE_INDEX
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.progress import phase
 from fulmen.trainer.inputs import model_inputs
 
 
@@ -36,6 +37,7 @@ def evaluate(
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp,
         ):
+            phase("evaluation")
             inputs = model_inputs(batch, mesh)
             output = model(**inputs)
             assert isinstance(output, LossOutput)

@@ -17,8 +17,10 @@ from fulmen.models.text import (
     count_active_parameters,
     count_parameters,
 )
+from fulmen.parallel.audit import audit
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.plan import parallelize
+from fulmen.parallel.progress import phase
 from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.evaluate import evaluate
@@ -56,6 +58,9 @@ class Trainer:
             compile_blocks=config.trainer.compile,
             seed=config.seed,
         )
+        for line in audit(self.model, self.engine, config.parallel).splitlines():
+            if mesh.rank == 0:
+                log.info(line)
         self.optimizer = Optimizer(self.engine, config.optim)
         self.checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
         self.loader = self._open_loader(self._resume())
@@ -78,6 +83,7 @@ class Trainer:
             (self.run_dir / DONE).unlink(missing_ok=True)  # of a run that now goes on for longer
             self._throughput.restart()
             while not self.finished:
+                phase("data", self.step)
                 self.checkpointer.raise_failure()
                 started = time.perf_counter()
                 batch = next(self.loader)
@@ -95,11 +101,14 @@ class Trainer:
                     }
                     metrics.log_step(row)
                 if self.held_out and (self._is_due(config.evaluation.every_steps) or self.finished):
+                    phase("evaluation")
                     metrics.log_eval(self.step, self.tokens, self._evaluate())
                     self._throughput.restart()
                 if self._is_due(config.checkpoint.every_steps) or self.finished:
+                    phase("checkpoint")
                     self.save(batch.state, grad_norm)
                     self._throughput.restart()
+            phase("last checkpoint")
             self.checkpointer.wait()
         self._mark_done()
 
@@ -110,13 +119,17 @@ class Trainer:
         num_micro_batches = len(batch.micro_batches) * self.mesh.dp
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.begin_micro_batch(is_last=index == len(batch.micro_batches) - 1)
+            phase("forward")
             output = self._forward(micro_batch)
             # Global counts, because gradients are summed over ranks: see parallel/zero.py.
             loss = output.loss_sum / batch.num_labels
             aux_loss = config.moe.aux_loss_coef * output.aux_loss / num_micro_batches
+            phase("backward")
             (loss + aux_loss).backward()
             stats.add(output)
+        phase("gradient norm")
         grad_norm = self.engine.clip_grad_norm(config.optim.grad_clip)
+        phase("optimiser")
         lr = learning_rate(config.optim.lr, config.schedule, step=self.step, tokens=self.tokens)
         self.optimizer.step(lr)
         return stats, grad_norm, lr
@@ -165,6 +178,7 @@ class Trainer:
         path = self._checkpoint_to_resume()
         if path is None:
             return None
+        phase("resume")
         check_same_model(path, self.config.model)
         for change in changed_keys(path, self.config):
             log.warning("differs from %s: %s", path.name, change)
@@ -266,6 +280,7 @@ class Trainer:
         return every_steps is not None and self.step % every_steps == 0
 
     def _row(self, batch: StepBatch, stats: StepStats, grad_norm: torch.Tensor) -> dict[str, Any]:
+        phase("statistics")
         self._check_finite(grad_norm)
         reduced = stats.reduce()  # waits for the device, so the time read below is that of the work
         return {

@@ -10,6 +10,8 @@ from fulmen.data.config import SourceConfig
 from fulmen.data.shards import read_manifest
 from fulmen.kernels import registry
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.progress import ExchangeError, phase, watched
+from fulmen.parallel.rendezvous import set_timeout
 from fulmen.trainer.config import RunConfig, check_run_folder
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.manifest import CONFIG_FILE
@@ -27,25 +29,35 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     check_run_folder(run_dir)
     start_logging(run_dir, mesh.rank)
     log.info("run folder %s, %d process(es) on %s", run_dir, mesh.world_size, mesh.device.type)
-    trainer = Trainer(config, mesh, run_dir)
+    set_timeout(config.parallel.timeout_s)
+    trainer = None
     try:
-        if mesh.rank == 0:
-            # Not before the trainer has agreed to go on with what the folder holds.
-            (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-            if trainer.held_out:
-                weights = {name: source.weight for name, source in config.data.sources.items()}
-                loss = unigram_loss(trainer.loader.splits, trainer.held_out, weights)
-                log.info("a unigram model of this data has a loss of %.3f", loss)
-                update_summary(run_dir, {"unigram_loss": loss})
-        trainer.fit()
-    except Exception:
-        log.exception("the run stops")  # into the log file too, which outlives the terminal
+        with watched(mesh.rank, mesh.world_size, config.parallel.timeout_s):
+            trainer = Trainer(config, mesh, run_dir)
+            if mesh.rank == 0:
+                describe_run(config, trainer, run_dir)
+            trainer.fit()
+    except Exception as error:
+        if trainer is not None or isinstance(error, ExchangeError):
+            log.exception("the run stops")  # into the log file too, which outlives the terminal
         raise
     finally:
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
     if mesh.rank == 0:
         log.info("report: %s", write_report(run_dir))
     return run_dir
+
+
+def describe_run(config: RunConfig, trainer: Trainer, run_dir: Path) -> None:
+    """Write what holds for all of a run; once the trainer has agreed to go on with its folder."""
+    (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    if trainer.held_out:
+        phase("unigram model")
+        weights = {name: source.weight for name, source in config.data.sources.items()}
+        loss = unigram_loss(trainer.loader.splits, trainer.held_out, weights)
+        log.info("a unigram model of this data has a loss of %.3f", loss)
+        update_summary(run_dir, {"unigram_loss": loss})
 
 
 def check_tokenizers(sources: Mapping[str, SourceConfig]) -> None:

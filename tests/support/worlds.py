@@ -7,6 +7,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -42,25 +43,42 @@ def run_world(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
     with that rank's traceback as a note; a world that hangs is killed and is a `TimeoutError`.
     """
     port = free_port()
+    environments = [rank_environment(rank, size, port) for rank in range(size)]
+    return run_processes(
+        partial(_join_and_call, function), environments, *args, timeout_s=timeout_s
+    )
+
+
+def run_processes(
+    function: Callable[..., Any],
+    environments: list[dict[str, str]],
+    *args: Any,
+    timeout_s: float = 90,
+    dying: int | None = None,
+) -> list:
+    """Call `function(*args)` in a process per environment; results in that order.
+
+    The process of index `dying` may end without a result.
+    """
     pipes, processes = [], []
-    for rank in range(size):
+    for environment in environments:
         ours, theirs = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(
-            target=_rank_main, args=(theirs, rank, size, port, function, args)
-        )
+        process = _CONTEXT.Process(target=_rank_main, args=(theirs, environment, function, args))
         process.start()
         theirs.close()
         pipes.append(ours)
         processes.append(process)
     try:
-        return _collect(pipes, processes, timeout_s)
+        return _collect(pipes, processes, timeout_s, dying)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _collect(pipes: list[Connection], processes: list[BaseProcess], timeout_s: float) -> list:
+def _collect(
+    pipes: list[Connection], processes: list[BaseProcess], timeout_s: float, dying: int | None
+) -> list:
     deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
@@ -75,6 +93,9 @@ def _collect(pipes: list[Connection], processes: list[BaseProcess], timeout_s: f
                 error, result = pickle.loads(pipes[rank].recv_bytes())
             except EOFError:
                 processes[rank].join()
+                if rank == dying:
+                    results[rank] = None
+                    continue
                 raise RuntimeError(f"rank {rank} died: {processes[rank].exitcode}") from None
             if error is not None:
                 raise error
@@ -83,23 +104,24 @@ def _collect(pipes: list[Connection], processes: list[BaseProcess], timeout_s: f
 
 
 def _rank_main(
-    pipe: Connection, rank: int, size: int, port: int, function: Callable[..., Any], args: tuple
+    pipe: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple
 ) -> None:
-    os.environ.update(rank_environment(rank, size, port))
+    os.environ.update(environment)
     try:
         # Plain pickle copies tensors; a multiprocessing queue would share memory that dies with us.
-        message = pickle.dumps((None, _join_and_call(function, args)))
+        message = pickle.dumps((None, function(*args)))
     except BaseException as error:
-        error.add_note(f"in rank {rank} of {size}:\n{traceback.format_exc()}")
+        who = f"rank {environment['RANK']} of {environment['WORLD_SIZE']}"
+        error.add_note(f"in {who}:\n{traceback.format_exc()}")
         message = pickle.dumps((error, None))
     pipe.send_bytes(message)
 
 
-def _join_and_call(function: Callable[..., Any], args: tuple) -> Any:
+def _join_and_call(function: Callable[..., Any], *args: Any) -> Any:
     import torch
     import torch.distributed as dist
 
-    from fulmen.parallel.mesh import join_world
+    from fulmen.parallel.rendezvous import join_world
 
     torch.set_num_threads(1)
     device = join_world()

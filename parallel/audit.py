@@ -1,0 +1,167 @@
+"""What became of each parameter and each layer, as tables, before the first step.
+
+A layer that was silently left local, because nobody thought of its type, trains to wrong losses and
+says nothing. So this does not ask the plan what it meant to do: it looks at what the model's
+modules hold now, and stops the run at the first one that lacks what the mesh asks for.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from fulmen.models.layers import RMSNorm
+from fulmen.models.lightning import LightningAttention
+from fulmen.models.moe import Experts, MoE, Router
+from fulmen.models.softmax import SoftmaxAttention
+from fulmen.models.text import Block, Head, TextModel
+from fulmen.parallel.config import ParallelConfig
+from fulmen.parallel.rendezvous import name_ranks
+from fulmen.parallel.seams import filled_with
+from fulmen.parallel.zero import ZeroEngine, local_part
+
+ROW_SEAMS = {"attend": "attends to other tokens", "count_over_row": "counts over a whole row"}
+"""Method -> why a layer that has it needs another one where rows are spread."""
+EXPERT_SEAMS = {"dispatch": "sends tokens to experts"}
+TOKEN_WISE = (nn.Embedding, nn.Linear, RMSNorm, Router, Head)
+"""Look at one token at a time: nothing to do, wherever the tokens are."""
+MIXING = (LightningAttention, SoftmaxAttention, MoE, Experts)
+"""Have seams."""
+CONTAINERS = (TextModel, Block, nn.ModuleList)
+"""Only call what is inside."""
+EXPERT_AXES = ("ep", "etp")
+"""Mesh axes along which ranks hold other weights; along all others gradients are summed."""
+Row = tuple[str, ...]
+
+
+def audit(model: nn.Module, engine: ZeroEngine, config: ParallelConfig) -> str:
+    """The tables of the log; `TypeError` naming the first layer or parameter without a plan."""
+    experts = f"experts, ep={config.ep} etp={config.etp}"
+    layers = [
+        ("layer", "number", f"tokens, cp={config.cp}", experts),
+        *_layer_rows(model, config),
+    ]
+    parameters = [
+        ("parameter", "number", "shape", "on a rank", "split", "ZeRO", "gradient summed over"),
+        *_parameter_rows(model, engine),
+    ]
+    whole = sum(parameter.numel() for parameter in engine.parameters.values())
+    here = sum(local_part(parameter).numel() for parameter in engine.parameters.values())
+    dtypes = {str(parameter.dtype) for parameter in engine.parameters.values()}
+    return (
+        f"{_table(layers)}\n{_table(parameters)}\n"
+        f"{whole:,} parameters ({', '.join(sorted(dtypes))}), {here:,} of them on this rank"
+    )
+
+
+def _layer_rows(model: nn.Module, config: ParallelConfig) -> list[Row]:
+    numbers: dict[tuple[str, str, str], int] = {}
+    for name, module in model.named_modules():
+        kind = _kind(module)
+        if kind not in TOKEN_WISE + MIXING + CONTAINERS:
+            raise TypeError(
+                f"{name} ({kind.__name__}) is of a type that parallel/audit.py does not know: say "
+                "there whether it looks at one token at a time, and give it a plan if it does not"
+            )
+        if kind in CONTAINERS:
+            continue
+        tokens = _seams(name, module, ROW_SEAMS, spread=config.cp > 1, key="parallel.cp")
+        experts = _seams(
+            name, module, EXPERT_SEAMS, spread=config.ep * config.etp > 1, key="parallel.ep or etp"
+        )
+        row = (kind.__name__, tokens or "each by itself", experts or "-")
+        numbers[row] = numbers.get(row, 0) + 1
+    return [(kind, str(number), *plan) for (kind, *plan), number in numbers.items()]
+
+
+def _seams(name: str, module: nn.Module, seams: dict[str, str], *, spread: bool, key: str) -> str:
+    """How the module's seams are filled; '' if it has none of these."""
+    plans = []
+    for seam, reason in seams.items():
+        if not hasattr(type(module), seam):
+            continue
+        plan = filled_with(module, seam)
+        if spread and plan is None:
+            raise TypeError(
+                f"{name} ({_kind(module).__name__}) {reason}, but nothing in parallel/plan.py has "
+                f"filled its `{seam}`, so that it would be left out of {key} > 1"
+            )
+        plans.append(plan or "all on one rank")
+    return "; ".join(dict.fromkeys(plans))
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The type that the model was written with; FSDP2 puts one of its own in front."""
+    kinds = type(module).__mro__
+    return next(k for k in kinds if issubclass(k, nn.Module) and not issubclass(k, FSDPModule))
+
+
+def _parameter_rows(model: nn.Module, engine: ZeroEngine) -> list[Row]:
+    """Parameters of one layout in one row, layers' numbers as a star."""
+    stages = {name: engine.stages.get(module) for name, module in model.named_modules()}
+    numbers: dict[Row, int] = {}
+    for name, found in model.named_parameters():
+        parameter = engine.parameters.get(name)
+        units = [stages[unit] for unit in _enclosing(name) if stages.get(unit) is not None]
+        if parameter is None or not isinstance(found, DTensor) or not units:
+            raise TypeError(f"{name} is in no ZeRO unit: parallel/plan.py has left it out")
+        row = (
+            re.sub(r"\.\d+\.", ".*.", name),
+            _shape(parameter.shape),
+            _shape(local_part(parameter).shape),
+            _split(parameter),
+            str(units[0]),
+            _summed_over(parameter.device_mesh),
+        )
+        numbers[row] = numbers.get(row, 0) + 1
+    return [(pattern, str(number), *rest) for (pattern, *rest), number in numbers.items()]
+
+
+def _enclosing(name: str) -> Iterable[str]:
+    """Names of the modules around a parameter, the nearest first; '' is the model."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def _split(parameter: DTensor) -> str:
+    mesh = parameter.device_mesh
+    parts = [
+        f"copy on {axis}={size}"
+        if placement.is_replicate()
+        else f"dim {placement.dim} over {axis}={size}"
+        for axis, size, placement in _axes(mesh, parameter.placements)
+        if size > 1
+    ]
+    return ", ".join(parts) or "whole"
+
+
+def _summed_over(mesh: DeviceMesh) -> str:
+    ranks, coordinate = mesh.mesh, mesh.get_coordinate()
+    assert coordinate is not None
+    for dim, (axis, _, place) in enumerate(_axes(mesh, coordinate)):
+        if axis in EXPERT_AXES:
+            ranks = ranks.narrow(dim, place, 1)
+    return name_ranks(ranks.flatten().tolist())
+
+
+def _axes(mesh: DeviceMesh, values: Iterable[Any]) -> list[tuple[str, int, Any]]:
+    """(name, size, value) of each axis."""
+    assert mesh.mesh_dim_names is not None
+    return list(zip(mesh.mesh_dim_names, mesh.shape, values, strict=True))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
