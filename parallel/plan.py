@@ -12,8 +12,9 @@ from fulmen.models.moe import MoE
 from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, TextModel
 from fulmen.parallel.config import ParallelConfig
+from fulmen.parallel.lasp import spread_lightning
 from fulmen.parallel.mesh import Mesh
-from fulmen.parallel.sequence import gathered_attend, lasp_attend, sum_counts
+from fulmen.parallel.sequence import gathered_attend, sum_counts
 from fulmen.parallel.zero import ZeroEngine, local_rows
 
 
@@ -41,7 +42,7 @@ def parallelize(
             _checkpoint_activations(block)
 
     if mesh.cp > 1:
-        spread_rows(model, mesh)
+        spread_rows(model, mesh, config)
     dense_stage = config.zero_stage
     expert_stage = dense_stage if config.expert_zero_stage is None else config.expert_zero_stage
     engine = ZeroEngine(model, mesh, dtype=dtype)
@@ -68,11 +69,11 @@ def parallelize(
     return engine
 
 
-def spread_rows(model: TextModel, mesh: Mesh) -> None:
+def spread_rows(model: TextModel, mesh: Mesh, config: ParallelConfig) -> None:
     """Give every layer its way to work on a part of a row; a layer without one is an error."""
     for name, module in model.named_modules():
         if isinstance(module, LightningAttention):
-            module.attend = partial(lasp_attend, module, mesh.cp_group)  # type: ignore[method-assign]
+            spread_lightning(module, mesh.cp_group, config.lightning_attention)
         elif isinstance(module, SoftmaxAttention):
             module.attend = partial(gathered_attend, module, mesh.cp_group)  # type: ignore[method-assign]
         elif hasattr(module, "attend"):

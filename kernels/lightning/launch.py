@@ -102,7 +102,7 @@ class Plan:
         return self.num_sequences, self.heads, self.head_dim, self.head_dim
 
 
-def _make_plan(q: Tensor, cu_seqlens: Tensor | None, piece_tokens: int) -> Plan:
+def make_plan(q: Tensor, cu_seqlens: Tensor | None, piece_tokens: int) -> Plan:
     batch, tokens, heads, head_dim = q.shape
     tile = choose_tile(q.dtype, head_dim)
     if cu_seqlens is None:
@@ -124,14 +124,22 @@ def _make_plan(q: Tensor, cu_seqlens: Tensor | None, piece_tokens: int) -> Plan:
     return Plan(tile, batch, tokens, heads, head_dim, num_sequences, chunks, piece_chunks, in_turn)
 
 
-class _Launcher:
+class Launcher:
     """The launches of one call: what all of them share, written once."""
 
     def __init__(
-        self, plan: Plan, slopes: Tensor, cu_seqlens: Tensor | None, *, reverse: bool = False
+        self,
+        plan: Plan,
+        slopes: Tensor,
+        cu_seqlens: Tensor | None,
+        *,
+        reverse: bool = False,
+        is_part: bool = False,
     ) -> None:
+        """`is_part`: `outer` is one state, which enters the row, not one per sequence."""
         self.plan, self.slopes, self.reverse = plan, slopes, reverse
         self.packed = cu_seqlens is not None
+        self.is_part = is_part and self.packed  # for a row that is not packed it is the same
         self.chunks = slopes  # never read unless packed
         if cu_seqlens is not None:
             self.chunks = torch.empty(
@@ -148,6 +156,7 @@ class _Launcher:
                 BLOCK_TOKENS=plan.tile.block_tokens,
                 BLOCK_ENTRIES=block,
                 BLOCK_SEQUENCES=128,
+                PART=self.is_part,
                 REVERSE=reverse,
                 num_warps=4,
             )
@@ -164,6 +173,7 @@ class _Launcher:
             "BLOCK_TOKENS": tile.block_tokens,
             "BLOCK_VALUES": tile.block_values,
             "PACKED": self.packed,
+            "PART": self.is_part,
             "num_warps": tile.num_warps,
             # Where the table is read before the tiles, Triton splits the stages between the two.
             "num_stages": 2 * tile.num_stages - 1 if self.packed else tile.num_stages,
@@ -171,11 +181,24 @@ class _Launcher:
 
     def cut_states(self, b: Tensor, c: Tensor, outer: Tensor | None) -> Tensor:
         """Phases 1 and 2: the states at the cuts; `outer` are those that enter sequences."""
+        cuts = self.plan.pieces - 1
+        if self.plan.in_turn or cuts == 0:
+            return torch.empty(self.plan.cuts_shape, dtype=torch.float32, device=b.device)
+        return self._states(b, c, outer, cuts)
+
+    def closing_state(self, b: Tensor, c: Tensor) -> Tensor:
+        """`[batch, heads, head_dim, head_dim]`: what rows that are not packed leave behind."""
+        assert not self.packed
         plan = self.plan
-        states = torch.empty(plan.cuts_shape, dtype=torch.float32, device=b.device)
-        if plan.in_turn or not states.numel():
-            return states
-        decays = torch.empty(plan.cuts_shape[:2], dtype=torch.float32, device=b.device)
+        states = self._states(b, c, None, plan.pieces)
+        return states.unflatten(0, (plan.batch, plan.pieces))[:, 0 if self.reverse else -1]
+
+    def _states(self, b: Tensor, c: Tensor, outer: Tensor | None, places: int) -> Tensor:
+        """At a row's cuts, or, for as many `places` as pieces, at the end of each."""
+        plan = self.plan
+        shape = (plan.batch * places, *plan.cuts_shape[1:])
+        states = torch.empty(shape, dtype=torch.float32, device=b.device)
+        decays = torch.empty(shape[:2], dtype=torch.float32, device=b.device)
         _run(
             local_state_kernel,
             self.num_programs(plan.pieces),
@@ -191,9 +214,12 @@ class _Launcher:
             first_piece=0,
             launched=plan.pieces,
             HAS_OUTER=outer is not None,
+            TO_EDGE=places == plan.pieces,
             REVERSE=self.reverse,
             **self.sizes(),
         )
+        if places == 1:
+            return states
         size = plan.head_dim**2
         block = min(size, CARRY_BLOCK)
         _run(
@@ -201,7 +227,7 @@ class _Launcher:
             plan.batch * plan.heads * (size // block),
             states,
             decays,
-            plan.pieces - 1,
+            places,
             plan.heads,
             STATE_SIZE=size,
             BLOCK=block,
@@ -272,7 +298,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def _addressable(x: Tensor) -> Tensor:
+def addressable(x: Tensor) -> Tensor:
     """`x`, or a copy where the hardware's tile loads need one: rows at multiples of 16 bytes.
 
     Views of a joint projection pass as they are; autograd's expanded gradients do not.
@@ -310,9 +336,9 @@ def _attend(
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state (empty unless asked for), states at the cuts (for the backward pass)."""
-    plan = _make_plan(q, cu_seqlens, piece_tokens)
-    launcher = _Launcher(plan, slopes, cu_seqlens)
-    q, k, v = map(_addressable, (q, k, v))
+    plan = make_plan(q, cu_seqlens, piece_tokens)
+    launcher = Launcher(plan, slopes, cu_seqlens)
+    q, k, v = map(addressable, (q, k, v))
     states = launcher.cut_states(k, v, initial_state)
     final = q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32)
     out = launcher.scan(
@@ -339,7 +365,7 @@ def _(
     output_final_state: bool,
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _make_plan(q, cu_seqlens, piece_tokens)
+    plan = make_plan(q, cu_seqlens, piece_tokens)
     return (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32),
@@ -361,9 +387,9 @@ def _attend_backward(
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial state (empty if there was none)."""
-    plan = _make_plan(q, cu_seqlens, piece_tokens)
-    launcher = _Launcher(plan, slopes, cu_seqlens)
-    q, k, v, d_out = map(_addressable, (q, k, v, d_out))
+    plan = make_plan(q, cu_seqlens, piece_tokens)
+    launcher = Launcher(plan, slopes, cu_seqlens)
+    q, k, v, d_out = map(addressable, (q, k, v, d_out))
     d_final = None if d_final is None else d_final.contiguous()
     has_initial = initial_state is not None
     d_initial = q.new_empty(plan.state_shape if has_initial else (0,), dtype=torch.float32)
@@ -377,7 +403,7 @@ def _attend_backward(
         transposed=True,
     )
     # dk and dv scan one sequence of states, of which dk takes the transposes.
-    launcher = _Launcher(plan, slopes, cu_seqlens, reverse=True)
+    launcher = Launcher(plan, slopes, cu_seqlens, reverse=True)
     gradients = launcher.cut_states(q, d_out, d_final)
     dk = launcher.scan(
         v,
@@ -414,7 +440,7 @@ def _(
     states: Tensor,
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan = _make_plan(q, cu_seqlens, piece_tokens)
+    plan = make_plan(q, cu_seqlens, piece_tokens)
     shape = (0,) if initial_state is None else plan.state_shape
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     return dq, dk, dv, q.new_empty(shape, dtype=torch.float32)

@@ -89,6 +89,7 @@ def chunk_table_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
     BLOCK_SEQUENCES: tl.constexpr,
+    PART: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """`chunks[n] = (first row, tokens, sequence, is first + 2 * is last)` of a packed row.
@@ -96,6 +97,8 @@ def chunk_table_kernel(
     A document's last chunk may hold fewer tokens than rows, in REVERSE its first: there its tokens
     are the chunk's last rows. `chunks[num_entries, 0]` is their number; entries between are not
     written. An empty document has one (empty) chunk, so that its state passes through.
+
+    PART: the scan comes to the row with a state, so its first document does not start there.
     """
     entry = tl.program_id(0) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
     sequence = tl.zeros([BLOCK_ENTRIES], dtype=tl.int32)
@@ -123,7 +126,12 @@ def chunk_table_kernel(
     else:
         first = begin + before_it * BLOCK_TOKENS
         count = tl.minimum(end - first, BLOCK_TOKENS)
-    edges = (before_it == 0).to(tl.int32) + 2 * (behind_it == 0).to(tl.int32)
+    is_first, is_last = before_it == 0, behind_it == 0
+    if PART and REVERSE:
+        is_last &= sequence < num_sequences - 1
+    elif PART:
+        is_first &= sequence > 0
+    edges = is_first.to(tl.int32) + 2 * is_last.to(tl.int32)
     tl.store(chunks + 4 * entry, first, mask=used)
     tl.store(chunks + 4 * entry + 1, count, mask=used)
     tl.store(chunks + 4 * entry + 2, sequence, mask=used)

@@ -297,6 +297,7 @@ def scan_kernel(
     BLOCK_VALUES: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_OUTER: tl.constexpr,
+    PART: tl.constexpr,
     IS_CUT: tl.constexpr,
     STORE_LEAVING: tl.constexpr,
     STORE_CUT: tl.constexpr,
@@ -307,10 +308,12 @@ def scan_kernel(
     """Phase 3. Grid: rows x launched pieces x heads x slices, the slices fastest.
 
     `out` is contiguous. `outer_states`, one per sequence, enter its first chunk in the order of the
-    scan (zero unless HAS_OUTER); `cut_states` [rows, pieces - 1] enter pieces, and with STORE_CUT
-    receive what leaves them; `leaving_states`, one per sequence, are written after its last chunk
-    if STORE_LEAVING. TRANSPOSED: memory holds the transposes of the scan's states. PADDED: a
-    chunk's worth of rows before `out` may be written, and pieces run in turn.
+    scan (zero unless HAS_OUTER). PART: the packed row is a part of a longer one, and there is one
+    outer state; it enters the row, and documents that start in it start at zero. `cut_states`
+    [rows, pieces - 1] enter pieces, and with STORE_CUT receive what leaves them; `leaving_states`,
+    one per sequence, are written after its last chunk if STORE_LEAVING. TRANSPOSED: memory holds
+    the transposes of the scan's states. PADDED: a chunk's worth of rows before `out` may be
+    written, and pieces run in turn.
     """
     row, piece, head, column = share_of(
         tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
@@ -334,13 +337,14 @@ def scan_kernel(
     if IS_CUT:
         tile = state_tile(cut_states, cut, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED)
         state = tl.load(tile, mask=is_inside, other=0.0)
-    # A branch in the loop is slow, so that of rows that are not packed stands outside.
-    if HAS_OUTER and not PACKED:
+    # A branch in the loop is slow, so that of states that enter a row stands outside.
+    if HAS_OUTER and (PART or not PACKED):
         tile = state_tile(
             outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, TRANSPOSED
         )
         state += tl.load(tile, mask=is_inside == 0, other=0.0)
     # Chunks that begin before the piece come in a loop of their own: a branch costs the pipeline.
+    per_sequence: tl.constexpr = HAS_OUTER and not PART
     two_parts: tl.constexpr = PACKED and REVERSE and not PADDED
     inside = first_inside(chunks, begin, end, out_first) if two_parts else begin
     for part in tl.static_range(2 if two_parts else 1):
@@ -369,7 +373,7 @@ def scan_kernel(
             column,
             BLOCK_TOKENS,
             PACKED,
-            HAS_OUTER,
+            per_sequence,
             STORE_LEAVING,
             TRANSPOSED,
             part == 1,
@@ -409,6 +413,8 @@ def local_state_kernel(
     BLOCK_VALUES: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_OUTER: tl.constexpr,
+    PART: tl.constexpr,
+    TO_EDGE: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Phase 1: the state at each cut were nothing before the piece that leads to it.
@@ -416,11 +422,15 @@ def local_state_kernel(
     `states` [rows, pieces - 1, heads, HEAD_DIM, HEAD_DIM] as dv's scan has them, `decays` [rows,
     pieces - 1, heads] what remains of a state that enters the piece (0 if a document starts there).
     Grid as in `scan_kernel`; the last piece in the order of the scan has no cut behind it.
+    TO_EDGE (not packed): only the state at the end of the row is wanted, which is the last piece's:
+    `pieces` replaces `pieces - 1`, and what does not reach that end is not read.
     """
     row, piece, head, column = share_of(
         tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
     )
     place, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
+    if TO_EDGE:
+        place, is_inside = row * pieces + piece, piece < pieces
     if is_inside:
         begin, end = chunks_of(
             piece, tokens, piece_chunks, chunks, num_entries, BLOCK_TOKENS, PACKED
@@ -433,8 +443,16 @@ def local_state_kernel(
         # need a piece's last few chunks. A chunk that is not full ends a document, so counting
         # chunks as full leaves none out that matters.
         visible = tl.minimum(127.0 / tl.maximum(-log2_decay, 1e-6), 1e9).to(tl.int32)
-        needed = tl.minimum(end - begin, tl.cdiv(visible, BLOCK_TOKENS) + 1)
+        needed = tl.cdiv(visible, BLOCK_TOKENS) + 1
+        if TO_EDGE:
+            behind = begin if REVERSE else tl.cdiv(tokens, BLOCK_TOKENS) - end
+            needed = tl.maximum(needed - behind, 0)
+        needed = tl.minimum(end - begin, needed)
         state = tl.zeros([BLOCK_VALUES, HEAD_DIM], dtype=tl.float32)
+        if HAS_OUTER and PART:
+            _cut, has_cut = cut_before(row, piece, pieces, REVERSE)
+            tile = state_tile(outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, False)
+            state += tl.load(tile, mask=(has_cut == 0) & (needed == end - begin), other=0.0)
         decay = tl.where(needed < end - begin, 0.0, 1.0)
         for step in range(needed):
             index = begin + needed - 1 - step if REVERSE else end - needed + step
@@ -448,7 +466,7 @@ def local_state_kernel(
             )
             starts = closes if REVERSE else opens
             decay = tl.where(starts, 0.0, decay * carry)
-            if HAS_OUTER:
+            if HAS_OUTER and not PART:
                 if starts:
                     state = tl.load(
                         state_tile(

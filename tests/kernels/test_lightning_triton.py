@@ -383,11 +383,11 @@ def test_tile_loads_get_aligned_rows() -> None:
     odd_stride = torch.zeros(64, dtype=torch.bfloat16).as_strided((1, 1, 2, 16), (32, 1, 16, 1))
     for x in (odd_address, odd_stride):
         assert x.is_contiguous()
-        ready = launch._addressable(x)
+        ready = launch.addressable(x)
         assert ready.data_ptr() % 16 == 0
         assert not any(stride % 8 for stride in ready.stride()[:3])
     plain = torch.zeros(shape, dtype=torch.bfloat16)
-    assert launch._addressable(plain) is plain
+    assert launch.addressable(plain) is plain
 
 
 @pytest.mark.fast

@@ -14,19 +14,17 @@ from support.worlds import run_world
 from torch import Tensor, nn
 
 from fulmen.kernels.attention.reference import reference_attention
-from fulmen.kernels.lightning import lightning_attention
 from fulmen.models.text import TextModel
 from fulmen.parallel import sequence
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.plan import spread_rows
-from fulmen.parallel.sequence import RowPart, gathered_attention, lasp_attention
+from fulmen.parallel.sequence import RowPart, gathered_attention
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import EVAL_PREFIX, read_metrics
 
 TOKENS, HEADS, DIM = 48, 2, 16
-SLOPES = [0.0, 0.4]
 DOCUMENTS = [
     [48],
     [1, 46, 1],  # one longer than all ranks but one
@@ -75,20 +73,16 @@ def inputs_of(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     return [x.to(dtype).requires_grad_() for x in (q, k, v)], weight
 
 
-def on_one_rank(kind: str, lengths: list[int], seed: int) -> list[Tensor]:
+def on_one_rank(lengths: list[int], seed: int) -> list[Tensor]:
     """Output and gradients in fp64."""
     (q, k, v), weight = inputs_of(seed, torch.float64)
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    if kind == "lasp":
-        slopes = torch.tensor(SLOPES, dtype=torch.float64)
-        out, _ = lightning_attention(q, k, v, slopes, cu_seqlens=bounds)
-    else:
-        out = reference_attention(q, k[:, :, :1], v[:, :, :1], bounds)
+    out = reference_attention(q, k[:, :, :1], v[:, :, :1], bounds)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v))]
 
 
 def on_many_ranks(
-    device: torch.device, kind: str, cases: list[list[int]], dtype: torch.dtype
+    device: torch.device, cases: list[list[int]], dtype: torch.dtype
 ) -> list[list[Tensor]]:
     """This rank's parts of the same, by case."""
     assert all(sum(lengths) == TOKENS for lengths in cases)
@@ -100,12 +94,7 @@ def on_many_ranks(
         part = RowPart(rank, size, TOKENS // size, (0, *accumulate(lengths)))
         here = slice(part.first, part.first + part.tokens)
         q, k, v = (x[:, here] for x in leaves)
-        if kind == "lasp":
-            bounds = torch.tensor([0, *accumulate(part.lengths)], dtype=torch.int32)
-            slopes = torch.tensor(SLOPES, dtype=torch.promote_types(dtype, torch.float32))
-            out = lasp_attention(q, k, v, slopes, part, bounds, dist.group.WORLD)
-        else:
-            out = gathered_attention(q, k[:, :, :1], v[:, :, :1], part, dist.group.WORLD)
+        out = gathered_attention(q, k[:, :, :1], v[:, :, :1], part, dist.group.WORLD)
         gradients = torch.autograd.grad((out * weight[:, here]).sum(), leaves)
         results.append([out.detach(), *[gradient[:, here] for gradient in gradients]])
     return results
@@ -113,43 +102,15 @@ def on_many_ranks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 8])
-@pytest.mark.parametrize("kind", ["lasp", "gathered"])
-def test_layers_equal_one_rank(kind: str, size: int) -> None:
+def test_softmax_layers_equal_one_rank(size: int) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
-        parts = run_world(on_many_ranks, size, kind, DOCUMENTS, dtype)
+        parts = run_world(on_many_ranks, size, DOCUMENTS, dtype)
         for case, lengths in enumerate(DOCUMENTS):
-            wanted = on_one_rank(kind, lengths, case)
+            wanted = on_one_rank(lengths, case)
             for index, want in enumerate(wanted):
                 got = torch.cat([part[case][index] for part in parts], dim=1).double()
                 error = (got - want).abs().max() / want.abs().max().clamp(min=0.1)
-                assert error <= tolerance, (kind, lengths, dtype, index, error)
-
-
-def count_bytes(device: torch.device, tokens: int) -> int:
-    """That one rank receives in a forward and backward pass of LASP+."""
-    received = 0
-    gather = dist.all_gather
-
-    def counted(out: list[Tensor], *args: Any, **options: Any) -> Any:
-        nonlocal received
-        received += sum(tensor.numel() * tensor.element_size() for tensor in out)
-        return gather(out, *args, **options)
-
-    dist.all_gather = counted
-    rank, size = dist.get_rank(), dist.get_world_size()
-    part = RowPart(rank, size, tokens, (0, size * tokens))
-    q, k, v = (torch.randn(1, tokens, HEADS, DIM, requires_grad=True) for _ in range(3))
-    assert dist.group.WORLD is not None
-    out = lasp_attention(q, k, v, torch.tensor(SLOPES), part, None, dist.group.WORLD)
-    out.sum().backward()
-    return received
-
-
-@pytest.mark.slow
-def test_lasp_sends_states_only() -> None:
-    for tokens in (8, 64):
-        expected = 2 * 2 * HEADS * DIM * DIM * 4  # two gathers of two ranks' fp32 states
-        assert run_world(count_bytes, 2, tokens) == [expected] * 2
+                assert error <= tolerance, (lengths, dtype, index, error)
 
 
 def losses_of(
@@ -199,13 +160,7 @@ def held_out_losses(run_dir: Path) -> list[float]:
 
 
 def broken_losses(device: torch.device, config: RunConfig, run_dir: Path, broken: str) -> Any:
-    if broken == "states":
-        sequence._remaining = lambda part, slopes, between, _: between[:, None] * slopes * 0
-    elif broken == "state gradients":
-        sequence._ExchangeStates.backward = staticmethod(  # type: ignore[method-assign]
-            lambda ctx, gradient: (torch.zeros_like(gradient), None, None, None)
-        )
-    elif broken == "key gradients":
+    if broken == "key gradients":
         sequence.dist = _Without(dist, "reduce_scatter")  # type: ignore[assignment]
     elif broken == "counts":
         sequence.dist = _Without(dist, "all_reduce")  # type: ignore[assignment]
@@ -225,7 +180,7 @@ class _Without:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", ["", "states", "state gradients", "key gradients", "counts"])
+@pytest.mark.parametrize("broken", ["", "key gradients", "counts"])
 def test_every_exchange_matters(broken: str, tiny_data: Path, tmp_path: Path) -> None:
     wanted = run_world(losses_of, 1, config_of(tiny_data, 1, 1), tmp_path / "one")[0]
     config = config_of(tiny_data, 2, 1)
@@ -245,4 +200,4 @@ def test_a_layer_without_a_plan_stops_the_run(one_rank: torch.device, tiny_data:
 
     model.layers[1].self_attn = Windowed()
     with pytest.raises(TypeError, match=r"layers\.1\.self_attn \(Windowed\).*parallel\.cp"):
-        spread_rows(model, build_mesh(config.parallel, one_rank))
+        spread_rows(model, build_mesh(config.parallel, one_rank), config.parallel)
