@@ -452,7 +452,7 @@ def local_state_kernel(
         if HAS_OUTER and PART:
             _cut, has_cut = cut_before(row, piece, pieces, REVERSE)
             tile = state_tile(outer_states, row, heads, head, column, HEAD_DIM, BLOCK_VALUES, False)
-            state += tl.load(tile, mask=(has_cut == 0) & (needed == end - begin), other=0.0)
+            state += tl.load(tile, mask=has_cut == 0, other=0.0)
         decay = tl.where(needed < end - begin, 0.0, 1.0)
         for step in range(needed):
             index = begin + needed - 1 - step if REVERSE else end - needed + step
