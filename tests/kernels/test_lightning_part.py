@@ -255,8 +255,8 @@ def test_a_fast_head_reads_the_last_pieces_alone() -> None:
 def test_parts_keep_the_pipeline(
     lengths: list[int], piece_tokens: int, compiled_for_hopper: list[tuple[str, Any]]
 ) -> None:
-    """As much shared memory as the scans of a row that is no part: a branch in the loop, and Triton
-    would load one stage ahead."""
+    """As much shared memory as the scans of a row that is no part; with a branch in the loop, it
+    would be another plan of loads."""
     part = make_part(lengths, torch.bfloat16, dim=128, device="cpu")
     leaves = [x.requires_grad_() for x in (part.q, part.k, part.v)]
     launch.triton_lightning_attention(

@@ -2,18 +2,27 @@
 
 import random
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.tiny import tiny_config, tiny_model
 from support.worlds import run_world
 from torch import Tensor
 
 from fulmen.kernels.lightning import lightning_attention
+from fulmen.models.layers import Context
+from fulmen.models.lightning import LightningAttention
 from fulmen.parallel import lasp
-from fulmen.parallel.lasp import EXCHANGES, PartAttention
+from fulmen.parallel.config import LIGHTNING_ATTENTION, ParallelConfig, check_parallel
+from fulmen.parallel.lasp import EXCHANGES, PartAttention, spread_lightning
+from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.sequence import RowPart
+from fulmen.trainer.config import RunConfig
+from fulmen.trainer.loop import Trainer
+from fulmen.trainer.metrics import read_metrics
 
 TOKENS, HEADS, DIM = 48, 2, 16
 SLOPES = [0.0, 0.4]
@@ -167,3 +176,138 @@ def test_every_message_matters() -> None:
         error = max(errors_of([results for _, results in attempts], [CROSSING])[0])
         assert (error > 1e-3) == bool(missing), (missing, error)
         assert missing or error <= 1e-12
+
+
+def bytes_received(device: torch.device, variant: str, tokens: int) -> int:
+    """By this rank in a forward and backward pass."""
+    received, real = 0, lasp.dist
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def all_gather(self, out: list[Tensor], own: Tensor, **options: Any) -> Any:
+            nonlocal received
+            received += sum(tensor.numel() * tensor.element_size() for tensor in out)
+            return real.all_gather(out, own, **options)
+
+        def irecv(self, out: Tensor, **options: Any) -> Any:
+            nonlocal received
+            received += out.numel() * out.element_size()
+            return real.irecv(out, **options)
+
+    lasp.dist = Counting()  # type: ignore[assignment]
+    rank, size = dist.get_rank(), dist.get_world_size()
+    part = RowPart(rank, size, tokens, (0, size * tokens))
+    q, k, v = (torch.randn(1, tokens, HEADS, DIM, requires_grad=True) for _ in range(3))
+    assert dist.group.WORLD is not None
+    begun = PartAttention(k, v, torch.tensor(SLOPES), part, None, dist.group.WORLD, variant)
+    begun.finish(q, k, v).sum().backward()
+    return received
+
+
+@pytest.mark.slow
+def test_only_states_are_sent() -> None:
+    state = HEADS * DIM * DIM * 4
+    for tokens in (8, 64):
+        assert run_world(bytes_received, 2, "lasp_plus", tokens) == [2 * 2 * state] * 2
+        assert run_world(bytes_received, 2, "lasp", tokens) == [state] * 2
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("variant", EXCHANGES)
+def test_states_travel_beside_other_work(
+    variant: str, one_rank: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_model()
+    layer = LightningAttention(config, 0)
+    mesh = build_mesh(ParallelConfig(), one_rank)
+    spread_lightning(layer, mesh.cp_group, variant)
+    events: list[str] = []
+
+    def note(owner: Any, name: str, event: str) -> None:
+        function = getattr(owner, name)
+
+        def noted(*args: Any, **options: Any) -> Any:
+            events.append(event)
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(EXCHANGES[variant], "__init__", "send")
+    note(EXCHANGES[variant], "receive", "receive")
+    note(layer.output_gate, "forward", "gate")
+    for name in ("part_forward", "part_backward_q", "part_backward_kv"):
+        note(lasp, name, name)
+    x = torch.randn(1, 6, config.hidden_size, requires_grad=True)
+    part = RowPart(0, 1, 6, (0, 6))
+    layer(x, Context(x, x, None, None, None, None, part)).sum().backward()
+    assert events == [
+        *("send", "gate", "receive", "part_forward"),
+        *("send", "part_backward_q", "receive", "part_backward_kv"),
+    ]
+
+
+@pytest.mark.fast
+def test_an_unknown_variant_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"parallel\.lightning_attention=ring: must be one of lasp_"
+    ):
+        check_parallel(ParallelConfig(lightning_attention="ring"), 1)
+    assert tuple(EXCHANGES) == LIGHTNING_ATTENTION
+
+
+def run_of(data: Path, cp: int, variant: str, checkpointing: str) -> RunConfig:
+    config = tiny_config(data, max_steps=3)
+    config.data.seq_len = 64  # a row of one or two documents crosses every cut
+    config.parallel = ParallelConfig(cp=cp, lightning_attention=variant)
+    config.trainer.activation_checkpointing = checkpointing
+    config.log.every_steps = 1
+    return config
+
+
+def losses_of(
+    device: torch.device, configs: list[RunConfig], folder: Path
+) -> list[tuple[list[tuple[float, float]], int]]:
+    """Losses and gradient norms of runs, and the number of their exchanges of states."""
+    results, exchanges = [], 0
+    for variant in EXCHANGES.values():
+        initialise = variant.__init__
+
+        def counted(*args: Any, initialise: Any = initialise, **options: Any) -> None:
+            nonlocal exchanges
+            exchanges += 1
+            initialise(*args, **options)
+
+        variant.__init__ = counted  # type: ignore[method-assign]
+    for number, config in enumerate(configs):
+        exchanges, run_dir = 0, folder / f"{config.parallel.cp}-{number}"
+        run_dir.mkdir(exist_ok=True)
+        trainer = Trainer(config, build_mesh(config.parallel, device), run_dir)
+        try:
+            trainer.fit()
+        finally:
+            trainer.close()
+        rows = read_metrics(run_dir / "metrics.jsonl")
+        losses = [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+        results.append((losses, exchanges))
+    return results
+
+
+@pytest.mark.slow
+def test_runs_equal_one_rank(tiny_data: Path, tmp_path: Path) -> None:
+    """With activation checkpointing, each forward exchange is made once more."""
+    kinds = [(variant, choice) for variant in EXCHANGES for choice in ("none", "full")]
+    (wanted, _), *_ = run_world(losses_of, 1, [run_of(tiny_data, 1, *kinds[0])], tmp_path)[0]
+    assert len(wanted) == 3
+    configs = [run_of(tiny_data, 2, *kind) for kind in kinds]
+    ranks = run_world(losses_of, 2, configs, tmp_path)
+    assert [made for _, made in ranks[0]] == [made for _, made in ranks[1]]
+    results = dict(zip(kinds, ranks[0], strict=True))
+    for kind, (got, _) in results.items():
+        for mine, one in zip(got, wanted, strict=True):
+            assert mine == pytest.approx(one, rel=1e-5), kind
+    for variant in EXCHANGES:
+        again = results[variant, "full"][1] - results[variant, "none"][1]
+        # 3 steps x 4 micro-batches x 2 lightning layers
+        assert again == 3 * 4 * 2
