@@ -307,13 +307,12 @@ def scan_kernel(
 ):
     """Phase 3. Grid: rows x launched pieces x heads x slices, the slices fastest.
 
-    `out` is contiguous. `outer_states`, one per sequence, enter its first chunk in the order of the
-    scan (zero unless HAS_OUTER). PART: the packed row is a part of a longer one, and there is one
-    outer state; it enters the row, and documents that start in it start at zero. `cut_states`
-    [rows, pieces - 1] enter pieces, and with STORE_CUT receive what leaves them; `leaving_states`,
-    one per sequence, are written after its last chunk if STORE_LEAVING. TRANSPOSED: memory holds
-    the transposes of the scan's states. PADDED: a chunk's worth of rows before `out` may be
-    written, and pieces run in turn.
+    `out` is contiguous. `outer_states`, one per sequence (with PART one, which enters the row),
+    enter its first chunk in the order of the scan (zero unless HAS_OUTER); `cut_states` [rows,
+    pieces - 1] enter pieces, and with STORE_CUT receive what leaves them; `leaving_states`, one per
+    sequence, are written after its last chunk if STORE_LEAVING. TRANSPOSED: memory holds the
+    transposes of the scan's states. PADDED: a chunk's worth of rows before `out` may be written,
+    and pieces run in turn.
     """
     row, piece, head, column = share_of(
         tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
@@ -344,7 +343,6 @@ def scan_kernel(
         )
         state += tl.load(tile, mask=is_inside == 0, other=0.0)
     # Chunks that begin before the piece come in a loop of their own: a branch costs the pipeline.
-    per_sequence: tl.constexpr = HAS_OUTER and not PART
     two_parts: tl.constexpr = PACKED and REVERSE and not PADDED
     inside = first_inside(chunks, begin, end, out_first) if two_parts else begin
     for part in tl.static_range(2 if two_parts else 1):
@@ -373,7 +371,7 @@ def scan_kernel(
             column,
             BLOCK_TOKENS,
             PACKED,
-            per_sequence,
+            HAS_OUTER and not PART,
             STORE_LEAVING,
             TRANSPOSED,
             part == 1,
