@@ -310,9 +310,8 @@ def scan_kernel(
     `out` is contiguous. `outer_states`, one per sequence (with PART one, which enters the row),
     enter its first chunk in the order of the scan (zero unless HAS_OUTER); `cut_states` [rows,
     pieces - 1] enter pieces, and with STORE_CUT receive what leaves them; `leaving_states`, one per
-    sequence, are written after its last chunk if STORE_LEAVING. TRANSPOSED: memory holds the
-    transposes of the scan's states. PADDED: a chunk's worth of rows before `out` may be written,
-    and pieces run in turn.
+    sequence, are written after its last chunk if STORE_LEAVING. TRANSPOSED: memory holds the scan's
+    states transposed. PADDED: a chunk of rows before `out` may be written; pieces run in turn.
     """
     row, piece, head, column = share_of(
         tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
