@@ -1,5 +1,7 @@
 """Lightning attention layer."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fulmen.kernels.gated_norm import gated_rms_norm
@@ -28,11 +30,19 @@ class LightningAttention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, tokens, hidden_size]` in and out."""
         q, k, v = silu_qkv(self.qkv_proj(x), self.num_heads)
-        output = self.attend(q, k, v, context).flatten(2)
+        begun = self.begin(k, v, context)
         gate = self.output_gate(x)
+        output = self.attend(q, k, v, context, begun).flatten(2)
         return self.out_proj(gated_rms_norm(output, gate, self.norm.weight, self.norm.eps))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    def begin(self, k: Tensor, v: Tensor, context: Context) -> Any:
+        """What sequence parallelism sends off, so that it is under way beside the gate's product;
+        `attend` gets the result."""
+        return None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, begun: Any = None
+    ) -> Tensor:
         """The attention core on `[batch, tokens, heads, head_dim]`; sequence parallelism's seam."""
         slopes = decay_slopes(self.num_heads, self.layer, self.num_layers, q.device)
         cache = context.cache

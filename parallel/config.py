@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+LIGHTNING_ATTENTION = ("lasp_plus", "lasp")
+
 
 @dataclass
 class ParallelConfig:
@@ -13,6 +15,9 @@ class ParallelConfig:
     """Ranks that share the experts of a layer (only 1 for now)."""
     etp: int = 1
     """Ranks that split each expert's weights (only 1 for now)."""
+    lightning_attention: str = "lasp_plus"
+    """Between parallel.cp ranks, lightning layers' states are gathered (lasp_plus) or handed from
+    rank to rank (lasp)."""
     zero_stage: int = 1
     """ZeRO stage of the dense parameters: 0 none, 1 optimiser, 2 + gradients, 3 + parameters."""
     expert_zero_stage: int | None = None
@@ -37,6 +42,11 @@ def check_parallel(config: ParallelConfig, world_size: int) -> None:
         raise ValueError(
             f"parallel.cp={config.cp} does not divide the {world_size} process(es): change one of "
             "the two"
+        )
+    if config.lightning_attention not in LIGHTNING_ATTENTION:
+        raise ValueError(
+            f"parallel.lightning_attention={config.lightning_attention}: must be one of "
+            f"{', '.join(LIGHTNING_ATTENTION)}"
         )
     for name in ("zero_stage", "expert_zero_stage"):
         value = getattr(config, name)

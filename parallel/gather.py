@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fulmen.kernels.common import accumulation_dtype
 from fulmen.parallel.balance import Layout, documents_of
+from fulmen.parallel.progress import exchange
 from fulmen.parallel.tiles import Attended, Gradients, Tile
 
 
@@ -46,12 +47,12 @@ class _Gather(torch.autograd.Function):
     ) -> Tensor:
         documents = documents_of(layout, rank, q.device)
         row = kv.new_empty(layout.size * kv.shape[0], *kv.shape[1:])
-        gathering = _all_gather(row, kv, group=group, async_op=True)
-        if layout.stays:
-            attended = Attended(q, kv, documents)  # while the others' keys come
+        with exchange("keys and values of the row", group):
+            gathering = _all_gather(row, kv, group=group, async_op=True)
+            if layout.stays:
+                attended = Attended(q, kv, documents)  # while the others' keys come
             gathering.wait()
-        else:
-            gathering.wait()
+        if not layout.stays:
             attended = Attended(q, _own(row, layout, rank), documents)
         attended.add(row, plan_gather(layout, rank))
         out, lse = attended.result()
@@ -73,7 +74,8 @@ class _Gather(torch.autograd.Function):
         for part in layout.ranges[rank]:
             d_row[part.start : part.end] += d_kv[part.offset :][: part.end - part.start]
         d_kv = d_row.new_empty(d_row.shape[0] // layout.size, *d_row.shape[1:])
-        _reduce_scatter(d_kv, d_row, group=group)
+        with exchange("gradients of keys and values", group):
+            _reduce_scatter(d_kv, d_row, group=group)
         return sums.dq.to(q.dtype), d_kv.to(row.dtype), None, None, None
 
 

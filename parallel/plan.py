@@ -12,9 +12,10 @@ from fulmen.models.moe import MoE
 from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, TextModel
 from fulmen.parallel.config import ParallelConfig
+from fulmen.parallel.lasp import spread_lightning
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.seams import fill_seam
-from fulmen.parallel.sequence import lasp_attend, sum_counts
+from fulmen.parallel.sequence import sum_counts
 from fulmen.parallel.softmax import softmax_over_ranks
 from fulmen.parallel.zero import ZeroEngine, local_rows
 
@@ -75,8 +76,7 @@ def spread_rows(model: TextModel, mesh: Mesh, config: ParallelConfig) -> None:
     softmax_attend, softmax_note = softmax_over_ranks(mesh, config)
     for name, module in model.named_modules():
         if isinstance(module, LightningAttention):
-            attend = partial(lasp_attend, module, mesh.cp_group)
-            fill_seam(module, "attend", attend, "LASP+: one gather of states")
+            spread_lightning(module, mesh.cp_group, config.lightning_attention)
         elif isinstance(module, SoftmaxAttention):
             fill_seam(module, "attend", softmax_attend, softmax_note)
         elif hasattr(module, "attend"):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fulmen.kernels.common import accumulation_dtype
 from fulmen.parallel.balance import Layout, Range, documents_of
+from fulmen.parallel.progress import exchange
 from fulmen.parallel.tiles import Attended, Gradients, Tile
 
 
@@ -102,13 +103,14 @@ class _Ring(torch.autograd.Function):
         plan = plan_ring(layout, rank)
         ctx.options = plan, documents_of(layout, rank, q.device), group
         tails: Tensor | None = _joined(kv, plan.tails)
-        for step in range(plan.size):
-            transfer = _pass_on(plan, group, step, kv, tails)
-            if step == 0:
-                attended = Attended(q, kv, ctx.options[1])
-            if tails is not None:
-                attended.add(tails, plan.tiles[step])
-            tails = transfer.wait()
+        with exchange("keys around the ring", group):
+            for step in range(plan.size):
+                transfer = _pass_on(plan, group, step, kv, tails)
+                if step == 0:
+                    attended = Attended(q, kv, ctx.options[1])
+                if tails is not None:
+                    attended.add(tails, plan.tiles[step])
+                tails = transfer.wait()
         out, lse = attended.result()
         ctx.save_for_backward(q, kv, out, lse)
         return out
@@ -125,21 +127,22 @@ class _Ring(torch.autograd.Function):
         d_own = torch.zeros_like(own, dtype=dtype)
         d_home = torch.empty_like(d_own)
         behind = _Transfer()
-        for step in range(plan.size):
-            transfer = _pass_on(plan, group, step, kv, tails)
-            d_tails = d_own
-            if step == 0:
-                sums.own(kv, d_kv, documents)
-            elif tails is not None:
-                d_tails = torch.zeros_like(tails, dtype=dtype)
-            if tails is not None:
-                sums.add(tails, d_tails, plan.tiles[step])
-            arrived = behind.wait()
-            if arrived is not None:
-                d_tails += arrived
-            behind = _pass_back(plan, group, step, d_tails, d_home)
-            tails = transfer.wait()
-        behind.wait()
+        with exchange("keys and their gradients around the ring", group):
+            for step in range(plan.size):
+                transfer = _pass_on(plan, group, step, kv, tails)
+                d_tails = d_own
+                if step == 0:
+                    sums.own(kv, d_kv, documents)
+                elif tails is not None:
+                    d_tails = torch.zeros_like(tails, dtype=dtype)
+                if tails is not None:
+                    sums.add(tails, d_tails, plan.tiles[step])
+                arrived = behind.wait()
+                if arrived is not None:
+                    d_tails += arrived
+                behind = _pass_back(plan, group, step, d_tails, d_home)
+                tails = transfer.wait()
+            behind.wait()
         if plan.reach[plan.rank]:
             d_own += d_home
         for here, part in zip(plan.tails, d_own.split(_sizes(plan.tails)), strict=True):

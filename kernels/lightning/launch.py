@@ -100,7 +100,7 @@ class Plan:
         return self.batch, self.heads, self.head_dim, self.head_dim
 
 
-def _make_plan(q: Tensor, piece_tokens: int) -> Plan:
+def make_plan(q: Tensor, piece_tokens: int) -> Plan:
     batch, tokens, heads, head_dim = q.shape
     tile = choose_tile(q.dtype, head_dim)
     chunks = -(-tokens // tile.block_tokens)
@@ -118,7 +118,7 @@ def _make_plan(q: Tensor, piece_tokens: int) -> Plan:
     return Plan(tile, batch, tokens, heads, head_dim, chunks, piece_chunks, in_turn)
 
 
-class _Launcher:
+class Launcher:
     """The launches of one call: what all of them share, written once."""
 
     def __init__(
@@ -160,11 +160,24 @@ class _Launcher:
 
     def cut_states(self, b: Tensor, c: Tensor, outer: Tensor | None) -> Tensor:
         """Phases 1 and 2: the states at the cuts; `outer` are those that enter the rows."""
+        cuts = self.plan.pieces - 1
+        if self.plan.in_turn or cuts == 0:
+            return torch.empty(self.plan.cuts_shape, dtype=torch.float32, device=b.device)
+        return self._states(b, c, outer, cuts)
+
+    def closing_state(self, b: Tensor, c: Tensor) -> Tensor:
+        """`[batch, heads, head_dim, head_dim]`: what rows that are not packed leave behind."""
+        assert not self.packed
         plan = self.plan
-        states = torch.empty(plan.cuts_shape, dtype=torch.float32, device=b.device)
-        if plan.in_turn or not states.numel():
-            return states
-        decays = torch.empty(plan.cuts_shape[:2], dtype=torch.float32, device=b.device)
+        states = self._states(b, c, None, plan.pieces)
+        return states.unflatten(0, (plan.batch, plan.pieces))[:, 0 if self.reverse else -1]
+
+    def _states(self, b: Tensor, c: Tensor, outer: Tensor | None, places: int) -> Tensor:
+        """At a row's cuts, or, for as many `places` as pieces, at the end of each."""
+        plan = self.plan
+        shape = (plan.batch * places, *plan.cuts_shape[1:])
+        states = torch.empty(shape, dtype=torch.float32, device=b.device)
+        decays = torch.empty(shape[:2], dtype=torch.float32, device=b.device)
         _run(
             local_state_kernel,
             self.num_programs(plan.pieces),
@@ -180,9 +193,12 @@ class _Launcher:
             first_piece=0,
             launched=plan.pieces,
             HAS_OUTER=outer is not None,
+            TO_EDGE=places == plan.pieces,
             REVERSE=self.reverse,
             **self.sizes(),
         )
+        if places == 1:
+            return states
         size = plan.head_dim**2
         block = min(size, CARRY_BLOCK)
         _run(
@@ -190,7 +206,7 @@ class _Launcher:
             plan.batch * plan.heads * (size // block),
             states,
             decays,
-            plan.pieces - 1,
+            places,
             plan.heads,
             STATE_SIZE=size,
             BLOCK=block,
@@ -257,7 +273,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def _addressable(x: Tensor) -> Tensor:
+def addressable(x: Tensor) -> Tensor:
     """`x`, or a copy where the hardware's tile loads need one: rows at multiples of 16 bytes.
 
     Views of a joint projection pass as they are; autograd's expanded gradients do not.
@@ -295,9 +311,9 @@ def _attend(
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state (empty unless asked for), states at the cuts (for the backward pass)."""
-    plan = _make_plan(q, piece_tokens)
-    launcher = _Launcher(plan, slopes, cu_seqlens)
-    q, k, v = map(_addressable, (q, k, v))
+    plan = make_plan(q, piece_tokens)
+    launcher = Launcher(plan, slopes, cu_seqlens)
+    q, k, v = map(addressable, (q, k, v))
     states = launcher.cut_states(k, v, initial_state)
     final = q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32)
     out = launcher.scan(
@@ -324,7 +340,7 @@ def _(
     output_final_state: bool,
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _make_plan(q, piece_tokens)
+    plan = make_plan(q, piece_tokens)
     return (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32),
@@ -346,9 +362,9 @@ def _attend_backward(
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial state (empty if there was none)."""
-    plan = _make_plan(q, piece_tokens)
-    launcher = _Launcher(plan, slopes, cu_seqlens)
-    q, k, v, d_out = map(_addressable, (q, k, v, d_out))
+    plan = make_plan(q, piece_tokens)
+    launcher = Launcher(plan, slopes, cu_seqlens)
+    q, k, v, d_out = map(addressable, (q, k, v, d_out))
     d_final = None if d_final is None else d_final.contiguous()
     has_initial = initial_state is not None
     d_initial = q.new_empty(plan.state_shape if has_initial else (0,), dtype=torch.float32)
@@ -362,7 +378,7 @@ def _attend_backward(
         transposed=True,
     )
     # dk and dv scan one sequence of states, of which dk takes the transposes.
-    launcher = _Launcher(plan, slopes, cu_seqlens, reverse=True)
+    launcher = Launcher(plan, slopes, cu_seqlens, reverse=True)
     gradients = launcher.cut_states(q, d_out, d_final)
     dk = launcher.scan(
         v,
@@ -399,7 +415,7 @@ def _(
     states: Tensor,
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan = _make_plan(q, piece_tokens)
+    plan = make_plan(q, piece_tokens)
     shape = (0,) if initial_state is None else plan.state_shape
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     return dq, dk, dv, q.new_empty(shape, dtype=torch.float32)

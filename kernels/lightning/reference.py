@@ -17,7 +17,8 @@ def chunked_lightning_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Block form of the recurrence (arXiv:2501.08313, algorithm 1), with decay and documents.
 
-    Shapes as in `lightning_attention`; `cu_seqlens` excludes states. With `l = exp(-slope)`, a
+    Shapes as in `lightning_attention`; with `cu_seqlens` there is one state, which enters the first
+    document, and the final one is the last document's. With `l = exp(-slope)`, a
     token at offset i of a chunk gets `sum_{j<=i} l^(i-j) (q_i k_j) v_j` from its chunk and
     `l^(i+1) q_i S` from the state S before it; then `S <- l^n S + sum_j l^(n-1-j) k_j v_j^T`. A
     document boundary inside a chunk removes the terms that would cross it. Every exponent is <= 0,
@@ -75,6 +76,16 @@ def chunked_lightning_attention(
     output = output + (q_chunks * from_start.unsqueeze(-1)) @ torch.stack(before, dim=1)
     output = output.transpose(2, 3).reshape(batch, num_chunks * size, heads, head_dim)
     return output[:, :tokens].to(v.dtype), state if output_final_state else None
+
+
+def reference_closing_state(k: Tensor, v: Tensor, slopes: Tensor, *, reverse: bool) -> Tensor:
+    """`sum_j l^(n-1-j) k_j v_j^T` of `[1, n, heads, head_dim]`; reverse, with `l^(j+1)`."""
+    accumulate = torch.float64 if k.dtype == torch.float64 else torch.float32
+    token = torch.arange(k.shape[1], device=k.device)
+    steps = token + 1 if reverse else token.flip(0)
+    weight = torch.exp(-slopes.to(accumulate) * steps[:, None])
+    keys = k[0].to(accumulate) * weight[:, :, None]
+    return torch.einsum("thd,the->hde", keys, v[0].to(accumulate))
 
 
 def _document_starts(cu_seqlens: Tensor | None, position: Tensor) -> Tensor:

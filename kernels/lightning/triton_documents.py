@@ -42,7 +42,8 @@ def in_one_document(word, token, REVERSE: tl.constexpr):
         begin = highest_bit(word & ((tl.full([], 1, tl.int64) << here) - 1)) + 1
         return token[None, :] >= begin[:, None]
     else:
-        behind = lowest_bit(((word >> here) & 0x7FFFFFFFFFFFFFFF) >> 1) + token + 1
+        above = word.to(tl.uint64) >> here.to(tl.uint64) >> 1  # the sign bit is a token like others
+        behind = lowest_bit(above.to(tl.int64)) + token + 1
         return token[None, :] < behind[:, None]
 
 

@@ -284,18 +284,23 @@ def local_state_kernel(
     BLOCK_VALUES: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_OUTER: tl.constexpr,
+    TO_EDGE: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Phase 1: the state at each cut were nothing but the row's own state before its piece.
 
     `states` [rows, pieces - 1, heads, HEAD_DIM, HEAD_DIM] as dv's scan has them, `decays` [rows,
     pieces - 1, heads] what remains of a state that enters the piece. Grid as in `scan_kernel`; the
-    last piece in the order of the scan has no cut behind it.
+    last piece in the order of the scan has no cut behind it. TO_EDGE (not packed): only the state
+    at the row's end is wanted, which is the last piece's: `pieces` replaces `pieces - 1`, and what
+    does not reach that end is not read.
     """
     row, piece, head, column = share_of(
         tl.program_id(0), first_piece, launched, heads, HEAD_DIM, BLOCK_VALUES
     )
     place, is_inside = cut_before(row, piece - 1 if REVERSE else piece + 1, pieces, REVERSE)
+    if TO_EDGE:
+        place, is_inside = row * pieces + piece, piece < pieces
     if is_inside:
         begin, end = chunks_of(piece, tokens, piece_chunks, BLOCK_TOKENS)
         log2_decay = log2_decay_of(slopes, head)
@@ -304,7 +309,11 @@ def local_state_kernel(
         # Tokens whose weight is below the least normal fp32 (2^-126) are not read: fast heads only
         # need a piece's last few chunks.
         visible = tl.minimum(127.0 / tl.maximum(-log2_decay, 1e-6), 1e9).to(tl.int32)
-        needed = tl.minimum(end - begin, tl.cdiv(visible, BLOCK_TOKENS) + 1)
+        needed = tl.cdiv(visible, BLOCK_TOKENS) + 1
+        if TO_EDGE:
+            behind = begin if REVERSE else tl.cdiv(tokens, BLOCK_TOKENS) - end
+            needed = tl.maximum(needed - behind, 0)
+        needed = tl.minimum(end - begin, needed)
         state = tl.zeros([BLOCK_VALUES, HEAD_DIM], dtype=tl.float32)
         decay = tl.where(needed < end - begin, 0.0, 1.0)
         if HAS_OUTER:

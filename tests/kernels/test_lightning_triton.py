@@ -132,6 +132,7 @@ def test_rows(tokens: int, batch: int, piece_tokens: int, dtype: torch.dtype) ->
     [
         ([1, 63, 64, 65], 0),
         ([1, 63, 64, 65], 64),  # one document is cut
+        ([63, 64, 65], 0),  # a document begins at a chunk's last token
         ([15, 16, 17, 130], 64),  # blocks of the fp32 kernels; a document of three segments
         ([10, 0, 60], 64),
         ([0, 70, 0], 0),
@@ -388,11 +389,11 @@ def test_tile_loads_get_aligned_rows() -> None:
     odd_stride = torch.zeros(64, dtype=torch.bfloat16).as_strided((1, 1, 2, 16), (32, 1, 16, 1))
     for x in (odd_address, odd_stride):
         assert x.is_contiguous()
-        ready = launch._addressable(x)
+        ready = launch.addressable(x)
         assert ready.data_ptr() % 16 == 0
         assert not any(stride % 8 for stride in ready.stride()[:3])
     plain = torch.zeros(shape, dtype=torch.bfloat16)
-    assert launch._addressable(plain) is plain
+    assert launch.addressable(plain) is plain
 
 
 @pytest.mark.fast

@@ -95,7 +95,7 @@ def test_on_ranks_that_share_rows() -> None:
     assert rows[0] == ["layer", "number", "tokens, cp=2", "experts, ep=1 etp=1"]
     for row in (
         ["LightningAttention", "2", "LASP+: one gather of states", "-"],
-        ["SoftmaxAttention", "1", "gather of keys and values", "-"],
+        ["SoftmaxAttention", "1", "gather of keys and values, balanced", "-"],
         ["RMSNorm", "9", "each by itself", "-"],
         ["Embedding", "1", "each by itself", "-"],
         ["Head", "1", "each by itself", "-"],

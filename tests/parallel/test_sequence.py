@@ -1,6 +1,5 @@
 """Rows spread over ranks: layers alone in fp64, and whole runs, equal one rank."""
 
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import tiny_config
 from support.worlds import run_world
-from torch import Tensor, nn
+from torch import nn
 
-from fulmen.kernels.lightning import lightning_attention
 from fulmen.models.text import TextModel
 from fulmen.parallel import sequence
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.plan import spread_rows
-from fulmen.parallel.sequence import RowPart, lasp_attention
+from fulmen.parallel.sequence import RowPart
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import EVAL_PREFIX, read_metrics
 
 TOKENS, HEADS, DIM = 48, 2, 16
-SLOPES = [0.0, 0.4]
 DOCUMENTS = [
     [48],
     [1, 46, 1],  # one longer than all ranks but one
@@ -63,85 +60,6 @@ def test_a_part_knows_its_documents(part: RowPart) -> None:
             assert (other <= part.last_receiver) == reaches(part.rank, other)
     for token in range(1, len(document_of) + 1):
         assert part.document_before(token) == document_of.index(document_of[token - 1])
-
-
-def inputs_of(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v, weight = (
-        torch.randn(1, TOKENS, HEADS, DIM, generator=generator, dtype=torch.float64)
-        for _ in range(4)
-    )
-    return [x.to(dtype).requires_grad_() for x in (q, k, v)], weight
-
-
-def on_one_rank(lengths: list[int], seed: int) -> list[Tensor]:
-    """Output and gradients in fp64."""
-    (q, k, v), weight = inputs_of(seed, torch.float64)
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    slopes = torch.tensor(SLOPES, dtype=torch.float64)
-    out, _ = lightning_attention(q, k, v, slopes, cu_seqlens=bounds)
-    return [out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v))]
-
-
-def on_many_ranks(
-    device: torch.device, cases: list[list[int]], dtype: torch.dtype
-) -> list[list[Tensor]]:
-    """This rank's parts of the same, by case."""
-    assert all(sum(lengths) == TOKENS for lengths in cases)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    assert dist.group.WORLD is not None
-    results = []
-    for seed, lengths in enumerate(cases):
-        leaves, weight = inputs_of(seed, dtype)
-        part = RowPart(rank, size, TOKENS // size, (0, *accumulate(lengths)))
-        here = slice(part.first, part.first + part.tokens)
-        q, k, v = (x[:, here] for x in leaves)
-        bounds = torch.tensor([0, *accumulate(part.lengths)], dtype=torch.int32)
-        slopes = torch.tensor(SLOPES, dtype=torch.promote_types(dtype, torch.float32))
-        out = lasp_attention(q, k, v, slopes, part, bounds, dist.group.WORLD)
-        gradients = torch.autograd.grad((out * weight[:, here]).sum(), leaves)
-        results.append([out.detach(), *[gradient[:, here] for gradient in gradients]])
-    return results
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4, 8])
-def test_lightning_layers_equal_one_rank(size: int) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
-        parts = run_world(on_many_ranks, size, DOCUMENTS, dtype)
-        for case, lengths in enumerate(DOCUMENTS):
-            wanted = on_one_rank(lengths, case)
-            for index, want in enumerate(wanted):
-                got = torch.cat([part[case][index] for part in parts], dim=1).double()
-                error = (got - want).abs().max() / want.abs().max().clamp(min=0.1)
-                assert error <= tolerance, (lengths, dtype, index, error)
-
-
-def count_bytes(device: torch.device, tokens: int) -> int:
-    """That one rank receives in a forward and backward pass of LASP+."""
-    received = 0
-    gather = dist.all_gather
-
-    def counted(out: list[Tensor], *args: Any, **options: Any) -> Any:
-        nonlocal received
-        received += sum(tensor.numel() * tensor.element_size() for tensor in out)
-        return gather(out, *args, **options)
-
-    dist.all_gather = counted
-    rank, size = dist.get_rank(), dist.get_world_size()
-    part = RowPart(rank, size, tokens, (0, size * tokens))
-    q, k, v = (torch.randn(1, tokens, HEADS, DIM, requires_grad=True) for _ in range(3))
-    assert dist.group.WORLD is not None
-    out = lasp_attention(q, k, v, torch.tensor(SLOPES), part, None, dist.group.WORLD)
-    out.sum().backward()
-    return received
-
-
-@pytest.mark.slow
-def test_lasp_sends_states_only() -> None:
-    for tokens in (8, 64):
-        expected = 2 * 2 * HEADS * DIM * DIM * 4  # two gathers of two ranks' fp32 states
-        assert run_world(count_bytes, 2, tokens) == [expected] * 2
 
 
 def losses_of(
@@ -191,13 +109,7 @@ def held_out_losses(run_dir: Path) -> list[float]:
 
 
 def broken_losses(device: torch.device, config: RunConfig, run_dir: Path, broken: str) -> Any:
-    if broken == "states":
-        sequence._remaining = lambda part, slopes, between, _: between[:, None] * slopes * 0
-    elif broken == "state gradients":
-        sequence._ExchangeStates.backward = staticmethod(  # type: ignore[method-assign]
-            lambda ctx, gradient: (torch.zeros_like(gradient), None, None, None)
-        )
-    elif broken == "counts":
+    if broken == "counts":
         sequence.dist = _Without(dist, "all_reduce")  # type: ignore[assignment]
     return losses_of(device, config, run_dir)
 
@@ -215,7 +127,7 @@ class _Without:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", ["", "states", "state gradients", "counts"])
+@pytest.mark.parametrize("broken", ["", "counts"])
 def test_every_exchange_matters(broken: str, tiny_data: Path, tmp_path: Path) -> None:
     wanted = run_world(losses_of, 1, config_of(tiny_data, 1, 1), tmp_path / "one")[0]
     config = config_of(tiny_data, 2, 1)
