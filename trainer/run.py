@@ -27,6 +27,8 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     check_run_folder(run_dir)
     start_logging(run_dir, mesh.rank)
     log.info("run folder %s, %d process(es) on %s", run_dir, mesh.world_size, mesh.device.type)
+    if mesh.rank == 0:
+        log.info("%s", mesh.table())
     trainer = Trainer(config, mesh, run_dir)
     try:
         if mesh.rank == 0:
