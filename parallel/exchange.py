@@ -1,6 +1,6 @@
-"""Rows of tokens between ranks, with gradients: all-to-all in two halves, gather and reduce.
+"""Rows of tokens between ranks, with gradients: an all-to-all in two halves.
 
-The halves of an all-to-all are a start and a wait. Their backward passes are a wait and a start,
+The halves are a start and a wait. Their backward passes are a wait and a start,
 so that what runs between the halves overlaps with the exchange in both directions. Exchanges of one
 group are issued in the same order on every rank: forward as the code is written, backward by
 autograd, which runs what was made last first.
@@ -39,7 +39,7 @@ class AllToAll:
         assert self._pending is None
         send, receive = (self._receive, self._send) if backward else (self._send, self._receive)
         rows = rows.contiguous()
-        arriving = rows.new_empty(sum(receive), *rows.shape[1:])
+        arriving = rows.new_empty(sum(receive), rows.shape[1])
         work = dist.all_to_all_single(
             arriving, rows, receive, send, group=self._group, async_op=True
         )
@@ -76,55 +76,3 @@ class _Wait(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ctx.exchange.issue(gradients[0], backward=True)
         return gradients[0], None  # in place of what is under way, whose shape is another
-
-
-def gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks, of which each has `sizes[rank]`; gradients are summed over ranks."""
-    return rows if group.size() == 1 else _GatherRows.apply(rows, sizes, group)
-
-
-def reduce_rows(partial: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows of the sum over ranks of `[sum(sizes), hidden_size]`."""
-    return partial if group.size() == 1 else _ReduceRows.apply(partial, sizes, group)
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _gather(rows, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce(gradients[0], ctx.sizes, ctx.group), None, None
-
-
-class _ReduceRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _reduce(partial, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(gradients[0], ctx.sizes, ctx.group), None, None
-
-
-def _gather(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    gathered = rows.new_empty(sum(sizes), *rows.shape[1:])
-    if len(set(sizes)) == 1:
-        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
-        return gathered
-    ranks = len(sizes)
-    copies = rows.repeat(ranks, 1)
-    dist.all_to_all_single(gathered, copies, sizes, [rows.shape[0]] * ranks, group=group)
-    return gathered
-
-
-def _reduce(partial: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    # The rows of a reduce-scatter, but summed here: in fp32, and of any sizes.
-    ranks, mine = len(sizes), sizes[dist.get_rank(group)]
-    parts = partial.new_empty(ranks * mine, *partial.shape[1:])
-    dist.all_to_all_single(parts, partial.contiguous(), [mine] * ranks, sizes, group=group)
-    dtype = torch.promote_types(partial.dtype, torch.float32)
-    return parts.view(ranks, mine, -1).sum(0, dtype=dtype).to(partial.dtype)

@@ -29,7 +29,7 @@ from fulmen.kernels.moe import (
     unpermute,
 )
 from fulmen.models.moe import Experts
-from fulmen.parallel.exchange import AllToAll, gather_rows, reduce_rows
+from fulmen.parallel.exchange import AllToAll
 from fulmen.parallel.mesh import Mesh
 
 WIDTH_DIM = {"w1": 1, "w3": 1, "w2": 2}
@@ -60,11 +60,26 @@ class Leg:
     """The way of one group of rows to this rank's experts and back."""
 
     there: AllToAll
+    gather: AllToAll
+    reduce: AllToAll
     back: AllToAll
-    sizes: list[int]
-    """Rows that each rank of the etp group gets by `there`."""
     compute: Callable[[Tensor], Tensor]
     """This rank's slice of its experts, on the gathered rows."""
+
+
+def make_leg(
+    mesh: Mesh,
+    send: list[int],
+    receive: list[int],
+    gathered: list[int],
+    compute: Callable[[Tensor], Tensor],
+) -> Leg:
+    """`send` and `receive` are by rank of ep, `gathered` by rank of etp."""
+    there = AllToAll(mesh.ep_group, send, receive)
+    # Over etp too these are all-to-alls, of copies and of parts of a sum: sizes differ, and parts
+    # in bf16 are better summed here, in fp32. The bytes are those of the usual collectives.
+    gather = AllToAll(mesh.etp_group, [gathered[mesh.etp_rank]] * mesh.etp, gathered)
+    return Leg(there, gather, gather.reverse(), there.reverse(), compute)
 
 
 def dispatch(
@@ -100,14 +115,36 @@ def dispatch(
 
 
 def _travel(parts: list[Tensor], legs: list[Leg], mesh: Mesh) -> list[Tensor]:
-    """Rows to their experts and back, each group's exchanges beside the work on the others."""
-    arriving = [leg.there.start(part) for leg, part in zip(legs, parts, strict=True)]
-    returning = []
-    for leg, part in zip(legs, arriving, strict=True):
-        rows = gather_rows(leg.there.wait(part), leg.sizes, mesh.etp_group)
-        results = reduce_rows(leg.compute(rows), leg.sizes, mesh.etp_group)
-        returning.append(leg.back.start(results))
-    return [leg.back.wait(part) for leg, part in zip(legs, returning, strict=True)]
+    """Rows to their experts and back, each group's exchanges beside the work on the others.
+
+    A wait also holds up what is issued behind it: the next group is waited for before the work on
+    this one where it has yet to be gathered, and after it otherwise.
+    """
+    rows = [leg.there.start(part) for leg, part in zip(legs, parts, strict=True)]
+
+    def gather(g: int) -> None:
+        arrived = legs[g].there.wait(rows[g])
+        rows[g] = legs[g].gather.start(arrived.expand(mesh.etp, -1, -1).flatten(0, 1))
+
+    def send_back(g: int) -> None:
+        results = legs[g].reduce.wait(rows[g])
+        rows[g] = legs[g].back.start(_sum_parts(results, mesh.etp) if mesh.etp > 1 else results)
+
+    ahead = 1 if mesh.etp > 1 else 0
+    for g in range(-ahead, len(legs) + ahead):
+        if 0 <= g + ahead < len(legs):
+            gather(g + ahead)
+        if 0 <= g < len(legs):
+            rows[g] = legs[g].reduce.start(legs[g].compute(legs[g].gather.wait(rows[g])))
+        if 0 <= g - ahead < len(legs):
+            send_back(g - ahead)
+    return [leg.back.wait(part) for leg, part in zip(legs, rows, strict=True)]
+
+
+def _sum_parts(parts: Tensor, ranks: int) -> Tensor:
+    parts = parts.unflatten(0, (ranks, parts.shape[0] // ranks))
+    dtype = torch.promote_types(parts.dtype, torch.float32)
+    return parts.sum(0, dtype=dtype).to(parts.dtype)
 
 
 def _exchange_counts(counts: Tensor, mesh: Mesh) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -116,7 +153,7 @@ def _exchange_counts(counts: Tensor, mesh: Mesh) -> tuple[Tensor, Callable[[], T
     It waits for the device, which is the one time in a layer.
     """
     table = counts.new_empty(mesh.ep, mesh.etp, *counts.shape)
-    dist.all_gather_into_tensor(table.flatten(0, 2), counts, group=mesh.expert_group)
+    dist.all_gather(list(table.flatten(0, 1)), counts, group=mesh.expert_group)
     if not table.is_cuda:
         return table, lambda: table
     numbers = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
@@ -137,11 +174,11 @@ def _plan_leg(counts: Tensor, numbers: Tensor, mesh: Mesh, matrices: list[Tensor
     mine = slice(mesh.ep_rank * num_local, (mesh.ep_rank + 1) * num_local)
     send = numbers[mesh.ep_rank, mesh.etp_rank].view(mesh.ep, num_local).sum(1).tolist()
     arriving = numbers[:, :, mine].sum(2)
-    there = AllToAll(mesh.ep_group, send, arriving[:, mesh.etp_rank].tolist())
+    receive = arriving[:, mesh.etp_rank].tolist()
     # Gathered rows lie by rank of etp, then by rank of ep, then by expert.
     segments = counts[:, :, mine].transpose(0, 1)
     compute = partial(_compute, segments, int(arriving.sum()), matrices)
-    return Leg(there, there.reverse(), arriving.sum(0).tolist(), compute)
+    return make_leg(mesh, send, receive, arriving.sum(0).tolist(), compute)
 
 
 def _compute(segments: Tensor, num_rows: int, matrices: list[Tensor], rows: Tensor) -> Tensor:
@@ -175,9 +212,9 @@ def _dispatch_buffers(
     legs, parts = [], []
     for part in buffers.tensor_split(min(num_groups, most_rows), dim=1):
         share = part.shape[0] * part.shape[1] // mesh.ep
-        there = AllToAll(mesh.ep_group, [share] * mesh.ep, [share] * mesh.ep)
+        shares = [share] * mesh.ep
         compute = partial(_compute_buffers, part.shape[1], matrices)
-        legs.append(Leg(there, there.reverse(), [share * mesh.ep] * mesh.etp, compute))
+        legs.append(make_leg(mesh, shares, shares, [share * mesh.ep] * mesh.etp, compute))
         parts.append(part.flatten(0, 1))
     outputs = _travel(parts, legs, mesh)
     filled = torch.cat([part.unflatten(0, (num_experts, -1)) for part in outputs], dim=1)

@@ -30,8 +30,8 @@ def share_capacity(counts: Tensor, capacities: Tensor) -> Tensor:
     shared = over * given // total_over.clamp(min=1)
     # Fewer than the ranks whose division left something, so that nobody gets more than it asked.
     rest = given - shared.sum(0)
-    unserved = shared < over
-    shared = shared + (unserved & (unserved.cumsum(0) <= rest))
+    cut = over * given > shared * total_over
+    shared = shared + (cut & (cut.cumsum(0) <= rest))
     return own + shared
 
 
@@ -39,5 +39,5 @@ def shared_allowance(group: dist.ProcessGroup, counts: Tensor, capacity: int) ->
     """`MoE.allowance` with the capacities of all ranks of `group` shared; `[experts]` int64."""
     mine = torch.cat([counts, counts.new_full((1,), capacity)])
     table = mine.new_empty(group.size(), mine.shape[0])
-    dist.all_gather_into_tensor(table.flatten(), mine, group=group)
+    dist.all_gather(list(table), mine, group=group)
     return share_capacity(table[:, :-1], table[:, -1])[dist.get_rank(group)]
