@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.tiny import read_checkpoint, tiny_config
 from support.worlds import run_world
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from fulmen.models.text import LossOutput
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
+from fulmen.parallel.zero import ZeroEngine
 from fulmen.trainer.config import RunConfig, check_config
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import EVAL_PREFIX, read_metrics
@@ -257,6 +259,31 @@ def norm_with_a_bad_part(
     norm = trainer.engine.clip_grad_norm(1.0)
     trainer.close()
     return norm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_sum_over_ranks_of_the_norm_matters(
+    broken: bool, tiny_data: Path, tmp_path: Path, one_process: list[dict]
+) -> None:
+    config = config_of(tiny_data, ParallelConfig(ep=2), steps=2)
+    norms = curves(run_world(train_broken, 2, config, tmp_path, broken)[0])["grad_norm"]
+    assert (norms == pytest.approx(curves(one_process)["grad_norm"][:2], rel=1e-5)) != broken
+
+
+def train_broken(device: torch.device, config: RunConfig, folder: Path, broken: bool) -> list[dict]:
+    if broken:
+        clip = ZeroEngine.clip_grad_norm
+
+        def clip_alone(engine: ZeroEngine, max_norm: float | None) -> Tensor:
+            all_reduce, dist.all_reduce = dist.all_reduce, lambda *_, **__: None
+            try:
+                return clip(engine, max_norm)
+            finally:
+                dist.all_reduce = all_reduce
+
+        ZeroEngine.clip_grad_norm = clip_alone  # type: ignore[method-assign]
+    return train(device, [config], folder)[0]
 
 
 # ---- checkpoints ----
