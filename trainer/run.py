@@ -28,7 +28,8 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     start_logging(run_dir, mesh.rank)
     log.info("run folder %s, %d process(es) on %s", run_dir, mesh.world_size, mesh.device.type)
     if mesh.rank == 0:
-        log.info("%s", mesh.table())
+        for line in mesh.table().splitlines():
+            log.info("%s", line)
     trainer = Trainer(config, mesh, run_dir)
     try:
         if mesh.rank == 0:
