@@ -113,7 +113,8 @@ class MoE(nn.Module):
     def _most_rows(self, flat: Tensor) -> int | None:
         if self.capacity_factor is None or self.global_router or not self.training:
             return None
-        return self._capacity(flat.shape[0])  # with padding, so that it is the same on every rank
+        tokens = flat.shape[0]  # with padding, so that it is the same on every rank
+        return min(self._capacity(tokens), tokens)
 
     def count_over_row(self, counts: Tensor) -> Tensor:
         """Assignments over all ranks that the load-balancing loss spans; a seam of the plan."""

@@ -55,6 +55,7 @@ SIZES = {
         Case(2, 2, groups=3),
         Case(2, 1, groups=1),
         Case(2, 2, capacity_factor=0.6),
+        Case(2, 2, capacity_factor=20.0),
         Case(2, 1, groups=3, capacity_factor=1.0),
         Case(2, 2, capacity_factor=0.6, global_router=True),
     ],

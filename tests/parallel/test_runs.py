@@ -169,6 +169,34 @@ def test_bf16_stays_within_its_rounding(
         assert curves(got)[key] != want
 
 
+@pytest.mark.slow
+def test_a_rank_holds_its_experts_alone(tiny_data: Path, tmp_path: Path) -> None:
+    meshes = [(ep, etp, stage) for ep, etp in ((2, 1), (1, 2), (2, 2)) for stage in (0, 1, 3)]
+    configs = [
+        config_of(tiny_data, ParallelConfig(1, ep, etp, 2, 1, stage), steps=1)
+        for ep, etp, stage in meshes
+    ]
+    for held in run_world(held_of_experts, 4, configs, tmp_path):
+        assert held == [1 / (ep * etp if stage == 0 else 4) for ep, etp, stage in meshes]
+
+
+def held_of_experts(
+    device: torch.device, configs: list[RunConfig], run_dir: Path
+) -> list[float | None]:
+    """The share of every expert parameter and its moments that this rank has, if it is one."""
+    shares = []
+    for config in configs:
+        trainer = Trainer(config, build_mesh(config.parallel, device), run_dir)
+        held = {
+            tensor.to_local().numel() / tensor.numel()
+            for name, tensor in trainer._tensors().items()
+            if isinstance(tensor, DTensor) and ".experts." in name
+        }
+        shares.append(held.pop() if len(held) == 1 else None)
+        trainer.close()
+    return shares
+
+
 # ---- with a capacity ----
 
 CAPACITY = [(ParallelConfig(ep=2, etp=2), False), (ParallelConfig(cp=2, ep=2, etp=2), True)]
