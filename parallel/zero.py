@@ -10,7 +10,8 @@ reduces:
 | 2     | sharded                  | gathered once, kept     | scattered after each             |
 | 3     | sharded                  | gathered where used     | scattered after each             |
 
-The optimiser state is a full copy in stage 0 and sharded otherwise. Gradients are *sums* over
+The optimiser state is a full copy in stage 0 and sharded otherwise. All ranks share the parameters,
+but experts that are spread over ep and etp only those that hold the same, edp. Gradients are *sums* over
 ranks: the loss is divided by global counts before the backward pass, so nothing depends on the
 number of ranks or on the size of a mesh axis.
 """
@@ -124,8 +125,7 @@ class ZeroEngine:
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """Norm of the whole gradient over all ranks, an fp32 scalar; scales it to `max_norm`."""
-        parts: dict[int, list[Tensor]] = {}
-        """By the number of ranks that hold the same part."""
+        parts: dict[int, list[Tensor]] = {}  # by the number of ranks that hold the same
         for parameter in self.parameters.values():
             gradient = parameter.grad
             assert isinstance(gradient, DTensor), "every parameter takes part in every step"
