@@ -11,9 +11,9 @@ reduces:
 | 3     | sharded                  | gathered where used     | scattered after each             |
 
 The optimiser state is a full copy in stage 0 and sharded otherwise. All ranks share the parameters,
-but experts that are spread over ep and etp only those that hold the same, edp. Gradients are *sums* over
-ranks: the loss is divided by global counts before the backward pass, so nothing depends on the
-number of ranks or on the size of a mesh axis.
+but experts that are spread over ep and etp only the edp ranks that hold the same. Gradients are
+*sums* over ranks: the loss is divided by global counts before the backward pass, so nothing depends
+on the number of ranks or on the size of a mesh axis.
 """
 
 import dataclasses
