@@ -44,7 +44,8 @@ class Point:
         return ParallelConfig(self.cp, self.ep, self.etp, 2, dense, expert)
 
     def __str__(self) -> str:
-        return f"{self.size}-cp{self.cp}-ep{self.ep}-etp{self.etp}-zero{self.stages}"
+        dense, expert = self.stages
+        return f"{self.size}-cp{self.cp}-ep{self.ep}-etp{self.etp}-zero{dense}{expert}"
 
 
 SAMPLE = [
@@ -131,7 +132,11 @@ def test_a_sample_of_the_grid_equals_one_process(
 
 
 @pytest.mark.mesh
-@pytest.mark.parametrize("points", [GRID[i : i + 4] for i in range(0, len(GRID), 4)], ids=str)
+@pytest.mark.parametrize(
+    "points",
+    [GRID[i : i + 4] for i in range(0, len(GRID), 4)],
+    ids=lambda points: f"{points[0]}-and-on",
+)
 def test_the_grid_equals_one_process(
     points: list[Point], tiny_data: Path, tmp_path: Path, one_process: list[dict]
 ) -> None:
