@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup data pretrain test test-gpu test-fast check bench clean
+.PHONY: help setup data pretrain test test-gpu test-mesh test-fast check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ test: $(STAMP)  ## every test
 
 test-gpu: $(STAMP)  ## the tests that need a GPU, on a machine that has one
 	@FULMEN_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
+
+test-mesh: $(STAMP)  ## the whole grid of meshes against one process (many minutes)
+	@$(BIN)/python -m pytest -m mesh
 
 test-fast: $(STAMP)  ## the tier for each save
 	@$(BIN)/python -m pytest -m fast

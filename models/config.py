@@ -64,8 +64,12 @@ class MoEConfig:
 
     capacity_factor: float | None = None
     """Assignments an expert takes, over the mean per expert; null = dropless."""
+    global_router: bool = False
+    """Share each expert's capacity between all ranks, by an exchange of counts."""
     aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss, summed over layers."""
+    aux_loss_scope: str = "micro_batch"
+    """Tokens that it balances over: micro_batch, or global (one micro-batch of every rank)."""
 
 
 def check_model(config: ModelConfig, moe: MoEConfig) -> None:
@@ -109,3 +113,12 @@ def check_model(config: ModelConfig, moe: MoEConfig) -> None:
         raise ValueError(f"model.softmax_every={config.softmax_every}: must be 0 or more")
     if moe.capacity_factor is not None and moe.capacity_factor <= 0:
         raise ValueError(f"moe.capacity_factor={moe.capacity_factor}: must be positive, or null")
+    if moe.global_router and moe.capacity_factor is None:
+        raise ValueError(
+            "moe.global_router=true shares a capacity, but moe.capacity_factor is null (dropless): "
+            "set it, or moe.global_router=false"
+        )
+    if moe.aux_loss_scope not in ("micro_batch", "global"):
+        raise ValueError(
+            f"moe.aux_loss_scope={moe.aux_loss_scope}: must be one of micro_batch, global"
+        )

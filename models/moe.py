@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulmen.kernels.moe import (
-    Routing,
     drop_over_capacity,
     grouped_swiglu,
     permutation,
@@ -40,9 +39,26 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(inner))
         self.w2 = nn.Parameter(torch.empty(inner[0], inner[2], inner[1]))
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Apply each expert to its rows of `x` `[rows, hidden_size]`, sorted by expert."""
-        return grouped_swiglu(x, counts, self.w1, self.w3, self.w2)
+    def forward(
+        self, x: Tensor, experts: Tensor, weights: Tensor, most_rows: int | None = None
+    ) -> Tensor:
+        """The weighted sum of each token's experts, `[tokens, hidden_size]` like `x`.
+
+        Args:
+            x: `[tokens, hidden_size]`.
+            experts: `[tokens, k]` as in `Routing`, and so are the weights.
+            weights: `[tokens, k]`.
+            most_rows: that any expert gets of these tokens, if a limit is known.
+        """
+        return self.dispatch(x, experts, weights, most_rows)
+
+    def dispatch(
+        self, x: Tensor, experts: Tensor, weights: Tensor, most_rows: int | None
+    ) -> Tensor:
+        """Send tokens to their experts and sum what comes back; expert parallelism's seam."""
+        order = permutation(experts, self.w1.shape[0])
+        outputs = grouped_swiglu(permute(x, order), order.counts, self.w1, self.w3, self.w2)
+        return unpermute(outputs, weights, order)
 
 
 class Router(nn.Linear):
@@ -65,6 +81,8 @@ class MoE(nn.Module):
         self.num_experts = config.num_experts
         self.num_experts_per_token = config.num_experts_per_token
         self.capacity_factor = moe.capacity_factor
+        self.global_router = moe.global_router
+        self.aux_loss_scope = moe.aux_loss_scope
         self.gate = Router(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
@@ -81,22 +99,30 @@ class MoE(nn.Module):
         )
         num_dropped = counts.new_zeros(())
         if self.capacity_factor is not None and self.training:
-            mean = num_tokens * self.num_experts_per_token / self.num_experts
-            capacity = math.ceil(self.capacity_factor * mean)
-            routing = drop_over_capacity(routing, self.num_experts, capacity)
-            num_dropped = (counts - capacity).clamp(min=0).sum()
-        output = self.dispatch(flat, routing)
+            allowed = self.allowance(counts, self._capacity(num_tokens))
+            routing = drop_over_capacity(routing, self.num_experts, allowed)
+            num_dropped = (counts - allowed).clamp(min=0).sum()
+        output = self.experts(flat, routing.experts, routing.weights, self._most_rows(flat))
         return output.view_as(x), MoEStats(aux_loss, counts, num_dropped)
 
+    def _capacity(self, num_tokens: int) -> int:
+        assert self.capacity_factor is not None
+        mean = num_tokens * self.num_experts_per_token / self.num_experts
+        return math.ceil(self.capacity_factor * mean)
+
+    def _most_rows(self, flat: Tensor) -> int | None:
+        if self.capacity_factor is None or self.global_router or not self.training:
+            return None
+        tokens = flat.shape[0]  # with padding, so that it is the same on every rank
+        return min(self._capacity(tokens), tokens)
+
     def count_over_row(self, counts: Tensor) -> Tensor:
-        """Assignments over all ranks that share the tokens' rows; sequence parallelism's seam."""
+        """Assignments over all ranks that the load-balancing loss spans; a seam of the plan."""
         return counts
 
-    def dispatch(self, flat: Tensor, routing: Routing) -> Tensor:
-        """Send tokens to their experts and sum what comes back; expert parallelism's seam."""
-        order = permutation(routing.experts, self.num_experts)
-        outputs = self.experts(permute(flat, order), order.counts)
-        return unpermute(outputs, routing.weights, order)
+    def allowance(self, counts: Tensor, capacity: int) -> int | Tensor:
+        """Assignments that each expert takes of these tokens; the global router's seam."""
+        return capacity
 
 
 def load_balancing_loss(

@@ -69,10 +69,18 @@ def _layer_rows(model: nn.Module, config: ParallelConfig) -> list[Row]:
             )
         if kind in CONTAINERS:
             continue
-        tokens = _seams(name, module, ROW_SEAMS, spread=config.cp > 1, key="parallel.cp")
+        tokens = _seams(name, module, ROW_SEAMS, spread=config.cp > 1, key="parallel.cp > 1")
         experts = _seams(
-            name, module, EXPERT_SEAMS, spread=config.ep * config.etp > 1, key="parallel.ep or etp"
+            name,
+            module,
+            EXPERT_SEAMS,
+            spread=config.ep * config.etp > 1,
+            key="parallel.ep or etp > 1",
         )
+        if getattr(module, "global_router", False):
+            shared = {"allowance": "has a global router"}
+            key = "moe.global_router"
+            experts = "; ".join([_seams(name, module, shared, spread=True, key=key), experts])
         row = (kind.__name__, tokens or "each by itself", experts or "-")
         numbers[row] = numbers.get(row, 0) + 1
     return [(kind, str(number), *plan) for (kind, *plan), number in numbers.items()]
@@ -88,7 +96,7 @@ def _seams(name: str, module: nn.Module, seams: dict[str, str], *, spread: bool,
         if spread and plan is None:
             raise TypeError(
                 f"{name} ({_kind(module).__name__}) {reason}, but nothing in parallel/plan.py has "
-                f"filled its `{seam}`, so that it would be left out of {key} > 1"
+                f"filled its `{seam}`, so that it would be left out of {key}"
             )
         plans.append(plan or "all on one rank")
     return "; ".join(dict.fromkeys(plans))

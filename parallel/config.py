@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fulmen.models.config import ModelConfig
+
 LIGHTNING_ATTENTION = ("lasp_plus", "lasp")
 
 
@@ -12,9 +14,11 @@ class ParallelConfig:
     cp: int = 1
     """Ranks that share one row of tokens, each a contiguous part of it."""
     ep: int = 1
-    """Ranks that share the experts of a layer (only 1 for now)."""
+    """Ranks that share the experts of a layer, each some of them whole."""
     etp: int = 1
-    """Ranks that split each expert's weights (only 1 for now)."""
+    """Ranks that split each expert's inner width; neighbours in the world."""
+    expert_token_groups: int = 2
+    """Groups of tokens of which one travels while experts work on another; 1 = no overlap."""
     lightning_attention: str = "lasp_plus"
     """Between parallel.cp ranks, lightning layers' states are gathered (lasp_plus) or handed from
     rank to rank (lasp)."""
@@ -34,14 +38,19 @@ class ParallelConfig:
 
 def check_parallel(config: ParallelConfig, world_size: int) -> None:
     """Raise `ValueError` naming the keys if `world_size` processes cannot form this mesh."""
-    for name in ("ep", "etp"):
-        value = getattr(config, name)
-        if value != 1:
-            raise ValueError(f"parallel.{name}={value}: only 1 is supported so far")
     if config.cp < 1 or world_size % config.cp:
         raise ValueError(
             f"parallel.cp={config.cp} does not divide the {world_size} process(es): change one of "
             "the two"
+        )
+    if config.ep < 1 or config.etp < 1 or world_size % (config.ep * config.etp):
+        raise ValueError(
+            f"parallel.ep={config.ep} x parallel.etp={config.etp} does not divide the "
+            f"{world_size} process(es): change one of the three"
+        )
+    if config.expert_token_groups < 1:
+        raise ValueError(
+            f"parallel.expert_token_groups={config.expert_token_groups}: must be at least 1"
         )
     if config.lightning_attention not in LIGHTNING_ATTENTION:
         raise ValueError(
@@ -55,4 +64,34 @@ def check_parallel(config: ParallelConfig, world_size: int) -> None:
     if config.softmax_attention not in ("ring", "gather"):
         raise ValueError(
             f"parallel.softmax_attention={config.softmax_attention}: must be ring or gather"
+        )
+
+
+def check_experts(config: ParallelConfig, model: ModelConfig, world_size: int) -> None:
+    """Raise `ValueError` naming the keys if the ranks cannot share this model's experts.
+
+    Without `ep` and `etp` it depends on the ZeRO stage alone; see `parallel/zero.py`.
+    """
+    if model.num_experts % config.ep:
+        raise ValueError(
+            f"model.num_experts={model.num_experts} is not a multiple of "
+            f"parallel.ep={config.ep}: change one of the two"
+        )
+    if model.expert_hidden_size % config.etp:
+        raise ValueError(
+            f"model.expert_hidden_size={model.expert_hidden_size} is not a multiple of "
+            f"parallel.etp={config.etp}: change one of the two"
+        )
+    split = config.ep * config.etp
+    stage = config.zero_stage if config.expert_zero_stage is None else config.expert_zero_stage
+    edp = world_size // split
+    widths = {"model.hidden_size": model.hidden_size}
+    if config.etp == 1:
+        widths["model.expert_hidden_size"] = model.expert_hidden_size
+    if split > 1 and stage and all(width % edp for width in widths.values()):
+        values = " nor ".join(f"{key}={width}" for key, width in widths.items())
+        raise ValueError(
+            f"{edp} ranks hold the same experts (processes / parallel.ep / parallel.etp) and do "
+            f"not divide {values}: change parallel.ep or parallel.etp, or set "
+            "parallel.expert_zero_stage=0"
         )

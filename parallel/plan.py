@@ -11,9 +11,11 @@ from fulmen.models.lightning import LightningAttention
 from fulmen.models.moe import MoE
 from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, TextModel
-from fulmen.parallel.config import ParallelConfig
+from fulmen.parallel.config import ParallelConfig, check_experts
+from fulmen.parallel.expert import spread_experts
 from fulmen.parallel.lasp import spread_lightning
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.router import shared_allowance
 from fulmen.parallel.seams import fill_seam
 from fulmen.parallel.sequence import sum_counts
 from fulmen.parallel.softmax import softmax_over_ranks
@@ -32,8 +34,8 @@ def parallelize(
 ) -> ZeroEngine:
     """Spread a model that was built on the meta device and give it its initial values.
 
-    The order is: compilation or activation checkpointing, rows over ranks, ZeRO from the inside
-    out, memory, values. Nothing is allocated before each rank knows its part.
+    The order is: compilation or activation checkpointing, rows over ranks, experts over ranks, ZeRO
+    from the inside out, memory, values. Nothing is allocated before each rank knows its part.
     """
     blocks = [block for block in model.layers if isinstance(block, Block)]
     assert len(blocks) == len(model.layers)
@@ -45,6 +47,9 @@ def parallelize(
 
     if mesh.cp > 1:
         spread_rows(model, mesh, config)
+    check_experts(config, model.config, mesh.world_size)
+    for block in blocks:
+        spread_moe(block.block_sparse_moe, mesh, num_groups=config.expert_token_groups)
     dense_stage = config.zero_stage
     expert_stage = dense_stage if config.expert_zero_stage is None else config.expert_zero_stage
     engine = ZeroEngine(model, mesh, dtype=dtype)
@@ -87,6 +92,18 @@ def spread_rows(model: TextModel, mesh: Mesh, config: ParallelConfig) -> None:
         elif isinstance(module, MoE):
             count = partial(sum_counts, mesh.cp_group)
             fill_seam(module, "count_over_row", count, "sum of the router's counts")
+
+
+def spread_moe(moe: MoE, mesh: Mesh, *, num_groups: int) -> None:
+    """Spread the experts of a layer, and what its router decides together with other ranks."""
+    if mesh.spreads_experts:
+        spread_experts(moe.experts, mesh, num_groups=num_groups)
+    everyone = mesh.shard.get_group()
+    if moe.aux_loss_scope == "global":
+        fill_seam(moe, "count_over_row", partial(sum_counts, everyone), "counts of all ranks")
+    if moe.global_router:
+        allowance = partial(shared_allowance, everyone)
+        fill_seam(moe, "allowance", allowance, "capacity shared by all ranks")
 
 
 def _checkpoint_activations(block: nn.Module) -> None:

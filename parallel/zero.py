@@ -10,9 +10,10 @@ reduces:
 | 2     | sharded                  | gathered once, kept     | scattered after each             |
 | 3     | sharded                  | gathered where used     | scattered after each             |
 
-The optimiser state is a full copy in stage 0 and sharded otherwise. Gradients are *sums* over
-ranks: the loss is divided by global counts before the backward pass, so nothing depends on the
-number of ranks or on the size of a mesh axis.
+The optimiser state is a full copy in stage 0 and sharded otherwise. All ranks share the parameters,
+but experts that are spread over ep and etp only the edp ranks that hold the same. Gradients are
+*sums* over ranks: the loss is divided by global counts before the backward pass, so nothing depends
+on the number of ranks or on the size of a mesh axis.
 """
 
 import dataclasses
@@ -59,12 +60,17 @@ class ZeroEngine:
         policy = self._policy
         if dtype is not None:
             policy = dataclasses.replace(policy, param_dtype=dtype)
+        spread = experts and self.mesh.spreads_experts
+        if spread:
+            mesh = self.mesh.experts["edp", "one"] if stage == 0 else self.mesh.experts["edp"]
+        else:
+            mesh = self.mesh.replicate if stage == 0 else self.mesh.shard
         unit = fully_shard(
             module,
-            mesh=self.mesh.replicate if stage == 0 else self.mesh.shard,
+            mesh=mesh,
             reshard_after_forward=stage == 3,
             mp_policy=policy,
-            shard_placement_fn=self._expert_placement if experts and stage else None,
+            shard_placement_fn=self._expert_placement if experts and (stage or spread) else None,
         )
         unit.set_gradient_divide_factor(1.0)
         # With a divide factor, torch would ask for a reduction that gloo does not have.
@@ -72,6 +78,8 @@ class ZeroEngine:
         self._stages[unit] = stage
 
     def _expert_placement(self, parameter: nn.Parameter) -> Shard:
+        if isinstance(parameter, DTensor):
+            return self._placement_beside(parameter)
         # Whole experts per rank as long as there are enough of them; else split inside each one.
         # Fewer experts than ranks on dim 0 would pad every rank to a whole expert.
         if parameter.shape[0] >= self.mesh.world_size:
@@ -85,6 +93,21 @@ class ZeroEngine:
             "nor model.hidden_size; change the number of processes, or set "
             "parallel.expert_zero_stage=0"
         )
+
+    def _placement_beside(self, parameter: DTensor) -> Shard:
+        """A dim that ep and etp leave; `check_experts` has seen that one divides.
+
+        Sharding a dim twice would interleave its parts, which no checkpoint format knows.
+        """
+        taken = {
+            placement.dim
+            for placement, size in zip(
+                parameter.placements, parameter.device_mesh.shape, strict=True
+            )
+            if size > 1 and isinstance(placement, Shard)
+        }
+        free = [dim for dim in (1, 2) if dim not in taken]
+        return Shard(next((d for d in free if parameter.shape[d] % self.mesh.edp == 0), free[0]))
 
     def begin_micro_batch(self, *, is_last: bool) -> None:
         """Say whether the coming backward pass is the step's last; call before its forward."""
@@ -108,19 +131,24 @@ class ZeroEngine:
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """Norm of the whole gradient over all ranks, an fp32 scalar; scales it to `max_norm`."""
-        sharded: list[Tensor] = []
-        copied: list[Tensor] = []
+        parts: dict[int, list[Tensor]] = {}  # by the number of ranks that hold the same
         for parameter in self.parameters.values():
             gradient = parameter.grad
             assert isinstance(gradient, DTensor), "every parameter takes part in every step"
-            is_copy = gradient.device_mesh.ndim == 2
-            (copied if is_copy else sharded).append(gradient.to_local())
-        total = _sum_of_squares(sharded, self.mesh.device)
+            copies = self.mesh.world_size // gradient.device_mesh.size()
+            for placement, size in zip(
+                gradient.placements, gradient.device_mesh.shape, strict=True
+            ):
+                copies *= size if placement.is_replicate() else 1
+            parts.setdefault(copies, []).append(gradient.to_local())
+        sums = [_sum_of_squares(part, self.mesh.device) / n for n, part in parts.items()]
+        total = torch.stack(sums).sum()
         dist.all_reduce(total, group=self.mesh.shard.get_group())
-        norm = (total + _sum_of_squares(copied, self.mesh.device)).sqrt()
+        norm = total.sqrt()
         if max_norm is not None:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-            torch._foreach_mul_(sharded + copied, scale)
+            for part in parts.values():
+                torch._foreach_mul_(part, scale)
         return norm.float()
 
 

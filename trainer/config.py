@@ -11,7 +11,7 @@ from omegaconf import MISSING, OmegaConf
 from fulmen.data.config import DataConfig
 from fulmen.kernels.config import KernelsConfig
 from fulmen.models.config import ModelConfig, MoEConfig, check_model
-from fulmen.parallel.config import ParallelConfig, check_parallel
+from fulmen.parallel.config import ParallelConfig, check_experts, check_parallel
 from fulmen.trainer.metrics import LogConfig
 
 Schema = TypeVar("Schema")
@@ -151,6 +151,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     """Raise `ValueError`, naming the keys, for what can be told to fail before anything runs."""
     check_model(config.model, config.moe)
     check_parallel(config.parallel, world_size)
+    check_experts(config.parallel, config.model, world_size)
     _check_choice("optim.name", config.optim.name, ["adamw", "apex_fused_adam"])
     _check_choice("trainer.dtype", config.trainer.dtype, ["bfloat16", "float32"])
     checkpointing = config.trainer.activation_checkpointing
@@ -160,10 +161,12 @@ def check_config(config: RunConfig, world_size: int) -> None:
             "trainer.compile=true does not go with trainer.activation_checkpointing=full: a block "
             "compiled anew for its second pass saves other tensors; choose one of the two"
         )
-    if config.trainer.compile and config.parallel.cp > 1:
-        raise ValueError(
-            "trainer.compile=true does not go with parallel.cp above 1 yet: choose one of the two"
-        )
+    for axis in ("cp", "ep", "etp"):
+        if config.trainer.compile and getattr(config.parallel, axis) > 1:
+            raise ValueError(
+                f"trainer.compile=true does not go with parallel.{axis} above 1 yet: choose one of "
+                "the two"
+            )
     for phase in config.schedule.phases:
         _check_choice("schedule.phases[].decay", phase.decay, ["constant", "exponential"])
     if not config.schedule.phases:

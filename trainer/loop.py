@@ -116,14 +116,14 @@ class Trainer:
         """One optimiser step; returns device-side statistics, gradient norm and learning rate."""
         config = self.config
         stats = StepStats(config.model.num_layers, config.model.num_experts, self.mesh.device)
-        num_micro_batches = len(batch.micro_batches) * self.mesh.dp
+        num_aux_losses = self._num_aux_losses(batch)
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.begin_micro_batch(is_last=index == len(batch.micro_batches) - 1)
             phase("forward")
             output = self._forward(micro_batch)
             # Global counts, because gradients are summed over ranks: see parallel/zero.py.
             loss = output.loss_sum / batch.num_labels
-            aux_loss = config.moe.aux_loss_coef * output.aux_loss / num_micro_batches
+            aux_loss = config.moe.aux_loss_coef * output.aux_loss / num_aux_losses
             phase("backward")
             (loss + aux_loss).backward()
             stats.add(output)
@@ -163,6 +163,11 @@ class Trainer:
         output = self.model(**model_inputs(batch, self.mesh))
         assert isinstance(output, LossOutput)
         return output
+
+    def _num_aux_losses(self, batch: StepBatch) -> int:
+        """Load-balancing losses of a layer in a step, of which each rank has a part."""
+        is_global = self.config.moe.aux_loss_scope == "global"
+        return len(batch.micro_batches) * (1 if is_global else self.mesh.dp)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {
@@ -287,7 +292,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "loss": reduced.loss_sum / batch.num_labels,
-            "aux_loss": reduced.aux_loss_sum / (len(batch.micro_batches) * self.mesh.dp),
+            "aux_loss": reduced.aux_loss_sum / self._num_aux_losses(batch),
             "grad_norm": grad_norm.item(),
             "drop_rate": reduced.drop_rate,
             "expert_imbalance": reduced.expert_imbalance,

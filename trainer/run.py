@@ -29,6 +29,9 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     check_run_folder(run_dir)
     start_logging(run_dir, mesh.rank)
     log.info("run folder %s, %d process(es) on %s", run_dir, mesh.world_size, mesh.device.type)
+    if mesh.rank == 0:
+        for line in mesh.table().splitlines():
+            log.info("%s", line)
     set_timeout(config.parallel.timeout_s)
     trainer = None
     try:

@@ -51,8 +51,10 @@ def route(logits: Tensor, num_experts_per_token: int, *, num_tokens: int | None 
     return Routing(*reference_route(logits, num_experts_per_token, num_tokens))
 
 
-def drop_over_capacity(routing: Routing, num_experts: int, capacity: int) -> Routing:
+def drop_over_capacity(routing: Routing, num_experts: int, capacity: int | Tensor) -> Routing:
     """Keep at most `capacity` assignments per expert, earlier choices first, then earlier tokens.
+
+    `capacity` is one number, or `[num_experts]` int64.
 
     All first choices are served before any second choice (GShard's order, arXiv:2006.16668,
     algorithm 1); the paper does not say which it uses. A dropped assignment adds nothing, and the
@@ -63,5 +65,7 @@ def drop_over_capacity(routing: Routing, num_experts: int, capacity: int) -> Rou
     queue = permutation(by_priority, num_experts)
     first_of_expert = torch.cat([queue.counts.new_zeros(1), queue.counts.cumsum(0)])
     rank = queue.destinations - first_of_expert[by_priority]
+    if isinstance(capacity, Tensor):
+        capacity = torch.cat([capacity, capacity.new_zeros(1)])[by_priority]
     kept = torch.where(rank < capacity, by_priority, num_experts)
     return routing._replace(experts=kept.view(k, tokens).t())

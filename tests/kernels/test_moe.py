@@ -71,9 +71,9 @@ def test_route_names_what_is_wrong() -> None:
             route(logits, k)
 
 
-def serve(experts: list[list[int]], num_experts: int, capacity: int) -> list[list[int]]:
+def serve(experts: list[list[int]], num_experts: int, capacities: list[int]) -> list[list[int]]:
     """First choices in order of tokens, then second ones, as long as there are seats."""
-    seats = [capacity] * num_experts
+    seats = list(capacities)
     kept = [list(row) for row in experts]
     for choice in range(len(experts[0])):
         for token in range(len(experts)):
@@ -97,13 +97,17 @@ def test_capacity_serves_first_choices_first(data: st.DataObject) -> None:
     experts = data.draw(st.lists(rows, min_size=1, max_size=30))
     # Padding: tokens which go to no expert and take no seat.
     experts += [[num_experts] * k] * data.draw(st.integers(0, 3))
-    capacity = data.draw(st.integers(0, 8))
+    a_capacity = st.integers(0, 8)
+    capacity = data.draw(a_capacity)
+    capacities = data.draw(st.lists(a_capacity, min_size=num_experts, max_size=num_experts))
     weights = torch.rand(len(experts), k)
     probabilities = torch.rand(len(experts), num_experts)
     counts = torch.zeros(num_experts, dtype=torch.int64)
     routing = Routing(torch.tensor(experts), weights, probabilities, counts)
     dropped = drop_over_capacity(routing, num_experts, capacity)
-    assert dropped.experts.tolist() == serve(experts, num_experts, capacity)
+    assert dropped.experts.tolist() == serve(experts, num_experts, [capacity] * num_experts)
+    each = drop_over_capacity(routing, num_experts, torch.tensor(capacities))
+    assert each.experts.tolist() == serve(experts, num_experts, capacities)
     assert dropped.weights is weights
     assert dropped.probabilities is routing.probabilities
     assert dropped.counts is counts

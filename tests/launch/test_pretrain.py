@@ -151,6 +151,12 @@ def test_losses_fall(undisturbed: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_the_mesh_is_told(undisturbed: Path) -> None:
+    log = (undisturbed / "2-1" / "train.log").read_text()
+    assert "2 rank(s) = dp x cp = edp x ep x etp" in log
+    assert "edp     2  the same experts" in log
+
+
 def close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     assert len(ours) == len(theirs)
     for row, expected in zip(ours, theirs, strict=True):

@@ -37,6 +37,16 @@ def ramp(*steps: tuple[int, int]) -> Change:
     return put("schedule.batch_ramp", [RampConfig(start, size) for start, size in steps])
 
 
+def compile_with(axis: str) -> Change:
+    """Compiled blocks beside an axis of two ranks."""
+
+    def change(config: RunConfig) -> None:
+        config.trainer.compile = True
+        setattr(config.parallel, axis, 2)
+
+    return change
+
+
 def compile_and_checkpoint(config: RunConfig) -> None:
     config.trainer.compile = True
     config.trainer.activation_checkpointing = "full"
@@ -51,7 +61,14 @@ MISTAKES = [
     (put("model.num_experts_per_token", 5), r"num_experts_per_token=5 exceeds model\.num_exp.*=4"),
     (put("model.softmax_every", -1), r"model\.softmax_every=-1"),
     (put("moe.capacity_factor", 0.0), r"moe\.capacity_factor=0\.0: must be positive, or null"),
+    (put("moe.global_router", True), r"moe\.global_router=true .* moe\.capacity_factor is null"),
+    (put("moe.aux_loss_scope", "row"), r"moe\.aux_loss_scope=row: must be one of micro_batch, gl"),
     (put("parallel.cp", 3), r"parallel\.cp=3 does not divide"),
+    (put("parallel.ep", 3), r"parallel\.ep=3 x parallel\.etp=1 does not divide the 2 process"),
+    *[
+        (compile_with(axis), rf"trainer\.compile=true does not go with parallel\.{axis} above 1")
+        for axis in ("cp", "ep", "etp")
+    ],
     (put("parallel.zero_stage", 4), r"parallel\.zero_stage=4: must be 0, 1, 2 or 3"),
     (put("optim.name", "sgd"), r"optim\.name=sgd: must be one of adamw, apex_fused_adam"),
     (put("trainer.dtype", "float16"), r"trainer\.dtype=float16: must be one of bfloat16, float32"),

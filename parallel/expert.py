@@ -1,0 +1,259 @@
+"""Expert parallelism: tokens travel to the ranks that hold their experts, and back.
+
+A layer's experts are spread over `ep` ranks, whole ones on each, and the inner width of each expert
+over `etp` ranks. Of one group of tokens:
+
+    all-to-all over ep -> gather over etp -> experts -> reduce over etp -> all-to-all over ep
+
+A rank's tokens go in `parallel.expert_token_groups` groups: the all-to-alls of the others run while
+the experts compute one. Without a capacity the rows sent are those there are; the host learns their
+numbers by one exchange of counts, and waits for it once a layer. With a capacity that each rank
+has to itself, every rank sends buffers of that size, and the host waits for nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from fulmen.kernels.moe import (
+    Permutation,
+    grouped_swiglu,
+    permutation,
+    permute,
+    unpermute,
+)
+from fulmen.models.moe import Experts
+from fulmen.parallel.all_to_all import AllToAll
+from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.progress import exchange
+from fulmen.parallel.seams import fill_seam
+
+WIDTH_DIM = {"w1": 1, "w3": 1, "w2": 2}
+"""Dim of an expert's inner width, which `etp` splits; the experts are dim 0."""
+
+
+def spread_experts(experts: Experts, mesh: Mesh, *, num_groups: int) -> None:
+    """Leave each rank its experts, as DTensors over (ep, etp), and their way to get tokens."""
+    for name, width in WIDTH_DIM.items():
+        whole = getattr(experts, name)
+        local = list(whole.shape)
+        local[0] //= mesh.ep
+        local[width] //= mesh.etp
+        part = DTensor.from_local(
+            torch.empty(local, dtype=whole.dtype, device="meta"),
+            mesh.experts["ep", "etp"],
+            (Shard(0), Shard(width)),
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.stride(),
+        )
+        setattr(experts, name, nn.Parameter(part))
+    note = f"all-to-all over ep={mesh.ep}, {num_groups} group(s) of tokens"
+    if mesh.etp > 1:
+        note += f"; width over etp={mesh.etp}"
+    fill_seam(experts, "dispatch", partial(dispatch, experts, mesh, num_groups), note)
+
+
+@dataclass
+class Leg:
+    """The way of one group of rows to this rank's experts and back."""
+
+    there: AllToAll
+    gather: AllToAll
+    reduce: AllToAll
+    back: AllToAll
+    compute: Callable[[Tensor], Tensor]
+    """This rank's slice of its experts, on the gathered rows."""
+
+
+def make_leg(
+    mesh: Mesh,
+    send: list[int],
+    receive: list[int],
+    gathered: list[int],
+    compute: Callable[[Tensor], Tensor],
+) -> Leg:
+    """`send` and `receive` are by rank of ep, `gathered` by rank of etp."""
+    there = AllToAll(mesh.ep_group, send, receive)
+    # Over etp too these are all-to-alls, of copies and of parts of a sum: sizes differ, and parts
+    # in bf16 are better summed here, in fp32. The bytes are those of the usual collectives.
+    gather = AllToAll(mesh.etp_group, [gathered[mesh.etp_rank]] * mesh.etp, gathered)
+    return Leg(there, gather, gather.reverse(), there.reverse(), compute)
+
+
+def dispatch(
+    experts: Experts,
+    mesh: Mesh,
+    num_groups: int,
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    most_rows: int | None,
+) -> Tensor:
+    """`Experts.dispatch` where a rank holds a part of the experts."""
+    num_experts = experts.w1.shape[0]
+    matrices = [cast(DTensor, w).to_local() for w in (experts.w1, experts.w3, experts.w2)]
+    if most_rows is not None:
+        return _dispatch_buffers(mesh, num_groups, x, chosen, weights, matrices, most_rows)
+    # Sorted by group, then by expert: what goes to one rank lies together in each group.
+    token = torch.arange(x.shape[0], device=x.device)[:, None]
+    group = token * num_groups // x.shape[0]
+    dropped = num_groups * num_experts
+    keys = torch.where(chosen < num_experts, group * num_experts + chosen, dropped)
+    order = permutation(keys, dropped)
+    counts, on_host = _exchange_counts(order.counts.view(num_groups, num_experts), mesh)
+    rows = permute(x, order)  # while the counts are on their way to the host
+    numbers = on_host()
+    legs = [
+        _plan_leg(counts[..., g, :], numbers[..., g, :], mesh, matrices) for g in range(num_groups)
+    ]
+    sent = numbers[mesh.ep_rank, mesh.etp_rank].sum(-1).tolist()
+    *parts, rest = rows.split([*sent, rows.shape[0] - sum(sent)])
+    outputs = _travel(parts, legs, mesh)
+    return unpermute(torch.cat([*outputs, rest]), weights, order)
+
+
+def _travel(parts: list[Tensor], legs: list[Leg], mesh: Mesh) -> list[Tensor]:
+    """Rows to their experts and back, each group's exchanges beside the work on the others.
+
+    A wait also holds up what is issued behind it: the next group is waited for before the work on
+    this one where it has yet to be gathered, and after it otherwise.
+    """
+    rows = [leg.there.start(part) for leg, part in zip(legs, parts, strict=True)]
+
+    def gather(g: int) -> None:
+        arrived = legs[g].there.wait(rows[g])
+        rows[g] = legs[g].gather.start(arrived.expand(mesh.etp, -1, -1).flatten(0, 1))
+
+    def send_back(g: int) -> None:
+        results = legs[g].reduce.wait(rows[g])
+        rows[g] = legs[g].back.start(_sum_parts(results, mesh.etp) if mesh.etp > 1 else results)
+
+    ahead = 1 if mesh.etp > 1 else 0
+    for g in range(-ahead, len(legs) + ahead):
+        if 0 <= g + ahead < len(legs):
+            gather(g + ahead)
+        if 0 <= g < len(legs):
+            rows[g] = legs[g].reduce.start(legs[g].compute(legs[g].gather.wait(rows[g])))
+        if 0 <= g - ahead < len(legs):
+            send_back(g - ahead)
+    return [leg.back.wait(part) for leg, part in zip(legs, rows, strict=True)]
+
+
+def _sum_parts(parts: Tensor, ranks: int) -> Tensor:
+    parts = parts.unflatten(0, (ranks, parts.shape[0] // ranks))
+    dtype = torch.promote_types(parts.dtype, torch.float32)
+    return parts.sum(0, dtype=dtype).to(parts.dtype)
+
+
+def _exchange_counts(counts: Tensor, mesh: Mesh) -> tuple[Tensor, Callable[[], Tensor]]:
+    """`[ep, etp, groups, experts]` rows of every rank, and a function that gives them on the host.
+
+    It waits for the device, which is the one time in a layer.
+    """
+    table = counts.new_empty(mesh.ep, mesh.etp, *counts.shape)
+    with exchange("counts of rows for experts", mesh.expert_group):
+        dist.all_gather(list(table.flatten(0, 1)), counts, group=mesh.expert_group)
+    if not table.is_cuda:
+        return table, lambda: table
+    numbers = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+    numbers.copy_(table, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def on_host() -> Tensor:
+        copied.synchronize()
+        return numbers
+
+    return table, on_host
+
+
+def _plan_leg(counts: Tensor, numbers: Tensor, mesh: Mesh, matrices: list[Tensor]) -> Leg:
+    """`counts` and `numbers` are the same `[ep, etp, experts]`, on the device and on the host."""
+    num_local = matrices[0].shape[0]
+    mine = slice(mesh.ep_rank * num_local, (mesh.ep_rank + 1) * num_local)
+    send = numbers[mesh.ep_rank, mesh.etp_rank].view(mesh.ep, num_local).sum(1).tolist()
+    arriving = numbers[:, :, mine].sum(2)
+    receive = arriving[:, mesh.etp_rank].tolist()
+    # Gathered rows lie by rank of etp, then by rank of ep, then by expert.
+    segments = counts[:, :, mine].transpose(0, 1)
+    compute = partial(_compute, segments, int(arriving.sum()), matrices)
+    return make_leg(mesh, send, receive, arriving.sum(0).tolist(), compute)
+
+
+def _compute(segments: Tensor, num_rows: int, matrices: list[Tensor], rows: Tensor) -> Tensor:
+    """Apply the experts to rows that lie in segments by sender; `segments` is `[..., experts]`."""
+    num_local = segments.shape[-1]
+    if num_local == 1:
+        return grouped_swiglu(rows, segments.sum().view(1), *matrices)
+    expert = torch.arange(num_local, device=rows.device).expand(segments.shape)
+    expert = expert.flatten().repeat_interleave(segments.flatten(), output_size=num_rows)
+    order = permutation(expert[:, None], num_local)
+    outputs = grouped_swiglu(permute(rows, order), order.counts, *matrices)
+    return unpermute(outputs, None, order)
+
+
+def _dispatch_buffers(
+    mesh: Mesh,
+    num_groups: int,
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    matrices: list[Tensor],
+    most_rows: int,
+) -> Tensor:
+    """Every rank sends `most_rows` rows to every expert, zeros where it has fewer.
+
+    The groups are ranges of an expert's rows.
+    """
+    num_experts = mesh.ep * matrices[0].shape[0]
+    order = permutation(chosen, num_experts)
+    buffers = _fill_buffers(permute(x, order), order, most_rows)
+    legs, parts = [], []
+    for part in buffers.tensor_split(min(num_groups, most_rows), dim=1):
+        share = part.shape[0] * part.shape[1] // mesh.ep
+        shares = [share] * mesh.ep
+        compute = partial(_compute_buffers, part.shape[1], matrices)
+        legs.append(make_leg(mesh, shares, shares, [share * mesh.ep] * mesh.etp, compute))
+        parts.append(part.flatten(0, 1))
+    outputs = _travel(parts, legs, mesh)
+    filled = torch.cat([part.unflatten(0, (num_experts, -1)) for part in outputs], dim=1)
+    return unpermute(_read_buffers(filled, order), weights, order)
+
+
+def _compute_buffers(size: int, matrices: list[Tensor], rows: Tensor) -> Tensor:
+    """Apply the experts to `[senders * experts * size, hidden_size]`."""
+    num_local = matrices[0].shape[0]
+    by_expert = rows.reshape(-1, num_local, size, rows.shape[1]).transpose(0, 1)
+    sorted_rows = by_expert.reshape(-1, rows.shape[1])
+    # Zeros are computed too: an expert without a bias makes zeros of them, and no gradient.
+    per_expert = sorted_rows.shape[0] // num_local
+    counts = torch.full((num_local,), per_expert, dtype=torch.int64, device=rows.device)
+    outputs = grouped_swiglu(sorted_rows, counts, *matrices)
+    return outputs.view(by_expert.shape).transpose(0, 1).reshape(rows.shape)
+
+
+def _fill_buffers(rows: Tensor, order: Permutation, size: int) -> Tensor:
+    """`[experts, size, hidden_size]` from rows sorted by expert, zeros behind an expert's last."""
+    slot = torch.arange(size, device=rows.device)
+    ends = order.counts.cumsum(0)
+    source = (ends - order.counts)[:, None] + slot
+    filled = slot < order.counts[:, None]
+    picked = rows.index_select(0, torch.where(filled, source, 0).flatten())
+    return torch.where(filled.unsqueeze(-1), picked.unflatten(0, source.shape), 0)
+
+
+def _read_buffers(buffers: Tensor, order: Permutation) -> Tensor:
+    """The reverse of `_fill_buffers`; rows of dropped assignments are of any value."""
+    num_experts, size, _ = buffers.shape
+    ends = order.counts.cumsum(0)
+    row = torch.arange(order.destinations.numel(), device=buffers.device)
+    expert = torch.searchsorted(ends, row, right=True).clamp(max=num_experts - 1)
+    source = expert * size + row - (ends - order.counts)[expert]
+    return buffers.flatten(0, 1).index_select(0, source.clamp(max=num_experts * size - 1))
