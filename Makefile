@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN_ID := $(or $(RUN_ID),$(shell date +%Y%m%d-%H%M%S))
 PROCESSES ?= 2
+# Of `make pretrain`: rows and experts over all processes.
+CP ?= $(PROCESSES)
+EP ?= $(PROCESSES)
 # Test files run side by side; each uses one core, or a few processes for moments.
 TEST_WORKERS ?= 2
 # Of benchmarks/train_step.py; on a GPU: make bench BENCH=model=text01_1b
@@ -41,7 +44,7 @@ $(DATA)/manifest.json: | $(STAMP)
 pretrain: $(STAMP) data  ## train a small Text-01 on real text, then let it write a few lines
 	@echo "== training runs/text01_tiny/$(RUN_ID) with $(PROCESSES) processes (about three minutes)"
 	@$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/pretrain.py \
-		recipe=text01_tiny run_id=$(RUN_ID) $(ARGS)
+		recipe=text01_tiny run_id=$(RUN_ID) parallel.cp=$(CP) parallel.ep=$(EP) $(ARGS)
 	@$(BIN)/python launch/generate.py run=runs/text01_tiny/$(RUN_ID)
 	@echo "== done: open runs/text01_tiny/$(RUN_ID)/report.html"
 

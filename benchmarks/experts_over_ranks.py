@@ -27,8 +27,9 @@ from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.moe import MoE
 from fulmen.parallel import expert
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import Mesh, build_mesh, join_world
+from fulmen.parallel.mesh import Mesh, build_mesh
 from fulmen.parallel.plan import spread_moe
+from fulmen.parallel.rendezvous import join_world
 
 DEFAULTS = {
     "model": "text01_1b",

@@ -24,7 +24,11 @@ from fulmen.parallel.rendezvous import name_ranks
 from fulmen.parallel.seams import filled_with
 from fulmen.parallel.zero import ZeroEngine, local_part
 
-ROW_SEAMS = {"attend": "attends to other tokens", "count_over_row": "counts over a whole row"}
+ROW_SEAMS = {
+    "begin": "needs what comes before its tokens",
+    "attend": "attends to other tokens",
+    "count_over_row": "counts over a whole row",
+}
 """Method -> why a layer that has it needs another one where rows are spread."""
 EXPERT_SEAMS = {"dispatch": "sends tokens to experts"}
 TOKEN_WISE = (nn.Embedding, nn.Linear, RMSNorm, Router, Head)

@@ -67,7 +67,7 @@ class GatherStates:
 
     def receive(self) -> Tensor:
         assert self.work is not None
-        with exchange("LASP+ states", self.group):
+        with exchange(_name("LASP+", self.reverse), self.group):
             self.work.wait()
         part = self.part
         if self.reverse:
@@ -91,7 +91,7 @@ class PassStates:
         self, own: Tensor, slopes: Tensor, part: RowPart, group: dist.ProcessGroup, *, reverse: bool
     ) -> None:
         """As in `GatherStates`."""
-        self.own, self.group = own, group
+        self.own, self.group, self.reverse = own, group, reverse
         step = -1 if reverse else 1
         source, self.target = part.rank - step, part.rank + step
         self.has_target = 0 <= self.target < part.size
@@ -107,9 +107,11 @@ class PassStates:
             self._send(own)
 
     def receive(self) -> Tensor:
-        if self.receiving is not None:
-            with exchange("LASP states", self.group):
+        # Named on every rank, also on the first, which receives nothing.
+        with exchange(_name("LASP", self.reverse), self.group):
+            if self.receiving is not None:
                 self.receiving.wait()
+        if self.receiving is not None:
             own = self.own
             if self.through is not None:
                 own = torch.addcmul(own, self.received, self.through[:, None, None])
@@ -137,6 +139,10 @@ NOTES = {
 }
 
 
+def _name(variant: str, reverse: bool) -> str:
+    return f"{variant} gradients of states" if reverse else f"{variant} states"
+
+
 def _decay(slopes: Tensor, tokens: Tensor | int) -> Tensor:
     """What is left of a state after so many tokens, by head, in fp64."""
     return torch.exp(-slopes.double() * tokens)
@@ -144,7 +150,7 @@ def _decay(slopes: Tensor, tokens: Tensor | int) -> Tensor:
 
 def spread_lightning(layer: LightningAttention, group: dist.ProcessGroup, variant: str) -> None:
     """Let a layer work on parts of rows that the ranks of `group` share."""
-    fill_seam(layer, "begin", partial(_begin, layer, group, variant), "")
+    fill_seam(layer, "begin", partial(_begin, layer, group, variant), NOTES[variant])
     fill_seam(layer, "attend", _attend, NOTES[variant])
 
 
