@@ -24,7 +24,7 @@ run() { # name, seconds, command, lines to show
     grep -v -i -e warn -e '^ *$' -e OMP_NUM "$log" | tail -n "${4:-6}" | cut -c1-420
 }
 ranks() { echo "python3 -m torch.distributed.run --standalone --nproc-per-node $1"; }
-pytest="python3 -m pytest -m gpu -q -x -p no:cacheprovider"
+pytest="python3 -m pytest -m gpu -q -p no:cacheprovider"
 pretrain="launch/pretrain.py recipe=text01_tiny run_root=/tmp/runs data.sources.stdlib.path=data_cache/stdlib trainer.max_steps=20 log.every_steps=1 evaluation.every_steps=null checkpoint.every_steps=null"
 
 tests() {
