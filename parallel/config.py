@@ -17,15 +17,15 @@ class ParallelConfig:
     """Ranks that share the experts of a layer, each some of them whole."""
     etp: int = 1
     """Ranks that split each expert's inner width; neighbours in the world."""
-    expert_token_groups: int = 2
+    expert_token_groups: int = 1
     """Groups of tokens of which one travels while experts work on another; 1 = no overlap."""
-    lightning_attention: str = "lasp_plus"
-    """Between parallel.cp ranks, lightning layers' states are gathered (lasp_plus) or handed from
-    rank to rank (lasp)."""
     zero_stage: int = 1
     """ZeRO stage of the dense parameters: 0 none, 1 optimiser, 2 + gradients, 3 + parameters."""
     expert_zero_stage: int | None = None
     """ZeRO stage of the expert parameters; null = as zero_stage."""
+    lightning_attention: str = "lasp_plus"
+    """Between parallel.cp ranks, lightning layers' states are gathered (lasp_plus) or handed from
+    rank to rank (lasp)."""
     softmax_attention: str = "gather"
     """Softmax layers with cp > 1: ring (keys travel) or gather (every rank gets all keys)."""
     balance_attention: bool = True
