@@ -3,31 +3,10 @@
 #
 #     bash benchmarks/gpu_session.sh [lightning] [tests] [large] [losses] [kernels] [rivals] [steps]
 #
-# Without names it runs all, which takes about 25 minutes. Results go to the folder $OUT, all output
-# to $OUT/session.log; the exit status tells whether every stage went well. Wheels that the machine
-# lacks lie in .whl, prepared data in data_cache/stdlib; both are optional.
-set -uo pipefail
-out=${OUT:-gpu_results}
-mkdir -p "$out" /tmp/rooms/fulmen
-rm -f "$out/FAILED"
-if ls .whl/*.whl >/dev/null 2>&1; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl
-fi
-for room in launch recipes trainer parallel models data kernels; do
-    ln -sfn "$PWD/$room" "/tmp/rooms/fulmen/$room"
-done
-# The second folder of /tmp/site is cutlass's, whose .pth file counts in a real site folder only.
-export PYTHONPATH=/tmp/rooms:/tmp/site:/tmp/site/nvidia_cutlass_dsl/python_packages PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 FULMEN_TEST_GPU=1
-run() { # name, seconds, command, lines to show
-    local log=/tmp/session_$1.log
-    timeout "$2" bash -c "$3" >"$log" 2>&1
-    local status=$?
-    { echo "== $1: exit $status"; cat "$log"; } >>"$out/session.log"
-    echo "== $1: exit $status"
-    [ $status -eq 0 ] || touch "$out/FAILED"
-    grep -v -i warn "$log" | tail -n "${4:-6}" | cut -c1-400
-}
-pytest="python3 -m pytest -m gpu -q -p no:cacheprovider"
+# Without names it runs all, which takes about 25 minutes. Results go to the folder $OUT; the exit
+# status tells whether every stage went well. Wheels in .whl and prepared data in data_cache/stdlib
+# are optional.
+source benchmarks/session.sh
 large="addresses or 32_bits"
 
 tests() { # side by side; what needs most of the memory is left to `large`
@@ -51,7 +30,6 @@ steps() {
     [ -d data_cache/stdlib ] && run pretrain_1b 100 "python3 launch/pretrain.py recipe=text01_1b run_root=/tmp/runs run_id=gpu data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=65536 trainer.max_steps=50 evaluation.every_steps=null checkpoint.every_steps=null; cp /tmp/runs/text01_1b/gpu/metrics.jsonl $out/" 8
 }
 
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 [ $# -gt 0 ] || set -- lightning tests large losses kernels rivals steps
 for stage in "$@"; do "$stage"; done
 [ ! -e "$out/FAILED" ]
