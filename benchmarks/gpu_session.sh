@@ -26,6 +26,7 @@ rivals() { # the slow ones last: fla tunes itself for minutes
 }
 steps() {
     run step_1b 110 "python3 benchmarks/train_step.py model=text01_1b steps=50 output=$out/step_1b.jsonl"
+    run step_1b_compiled 110 "python3 benchmarks/train_step.py model=text01_1b steps=20 compile=true rival=false output=$out/step_1b_compiled.jsonl"
     run step_1b_torch 80 "python3 benchmarks/train_step.py model=text01_1b steps=20 kernels=torch rival=false output=$out/step_1b_torch.jsonl"
     [ -d data_cache/stdlib ] && run pretrain_1b 100 "python3 launch/pretrain.py recipe=text01_1b run_root=/tmp/runs run_id=gpu data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=65536 trainer.max_steps=50 evaluation.every_steps=null checkpoint.every_steps=null; cp /tmp/runs/text01_1b/gpu/metrics.jsonl $out/" 8
 }

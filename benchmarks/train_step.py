@@ -47,6 +47,7 @@ DEFAULTS = {
     "document_tokens": 8192,
     "activation_checkpointing": "none",
     "dtype": "bfloat16",
+    "compile": False,
     "rival": True,
     "kernels": "auto",  # or torch, a file of recipes/kernels
     "parallel": {},
@@ -86,7 +87,7 @@ class Ours:
             parallel,
             dtype=getattr(torch, options.dtype),
             activation_checkpointing=options.activation_checkpointing,
-            compile_blocks=False,
+            compile_blocks=options.compile,
             seed=0,
         )
         self.optimizer = Optimizer(self.engine, OptimConfig(lr=1e-4))
