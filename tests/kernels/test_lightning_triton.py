@@ -322,9 +322,9 @@ def test_opcheck(
     arguments = (q, k, v, slopes, bounds, initial, with_states, piece_tokens)
     torch.library.opcheck(_attend, arguments)
     with torch.no_grad():
-        out, final, states = _attend(*arguments)
+        out, final, states, words = _attend(*arguments)
         d_final = final if with_states else None
-        backward = (out, d_final, q, k, v, slopes, bounds, initial, states, piece_tokens)
+        backward = (out, d_final, q, k, v, slopes, words, initial, states, piece_tokens)
         torch.library.opcheck(_attend_backward, backward)
 
 
