@@ -207,9 +207,8 @@ class PartAttention:
         self.exchange = partial(EXCHANGES[variant], slopes=slopes, part=part, group=group)
         with torch.no_grad():
             if part.last_receiver > part.rank:
-                if last := part.tokens - part.lengths[-1]:
-                    k, v = k[:, last:], v[:, last:]
-                own = closing_state(k, v, slopes)
+                last, end = part.tokens - part.lengths[-1], part.tokens
+                own = closing_state(_tokens(k, last, end), _tokens(v, last, end), slopes)
             else:
                 own = _no_state(k)
             self.entering: StateExchange = self.exchange(own, reverse=False)
@@ -239,7 +238,7 @@ class _Attend(torch.autograd.Function):
         part = ctx.part
         if part.first_sender < part.rank:
             first = part.lengths[0]
-            own = opening_gradient(q[:, :first], d_out[:, :first], slopes)
+            own = opening_gradient(_tokens(q, 0, first), _tokens(d_out, 0, first), slopes)
         else:
             own = _no_state(q)
         leaving = ctx.exchange(own, reverse=True)
@@ -247,6 +246,11 @@ class _Attend(torch.autograd.Function):
         dk, dv = part_backward_kv(d_out, q, k, v, slopes, bounds, leaving.receive(), kept)
         leaving.close()
         return dq, dk, dv, None
+
+
+def _tokens(x: Tensor, first: int, end: int) -> Tensor:
+    """Some tokens of a part; no view is made for all of them."""
+    return x if end - first == x.shape[1] else x[:, first:end]
 
 
 def _no_state(x: Tensor) -> Tensor:

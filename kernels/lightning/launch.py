@@ -177,7 +177,8 @@ class Launcher:
 
     def closing_state(self, b: Tensor, c: Tensor) -> Tensor:
         """`[heads, head_dim, head_dim]`: what one row that is not packed leaves behind."""
-        assert not self.packed and self.plan.batch == 1
+        assert not self.packed
+        assert self.plan.batch == 1
         return self._states(b, c, None, self.plan.pieces)[0 if self.reverse else -1]
 
     def _states(self, b: Tensor, c: Tensor, outer: Tensor | None, places: int) -> Tensor:
@@ -437,9 +438,9 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, slopes, cu_seqlens, initial_state, output_final_state, piece_tokens = inputs
     ctx.set_materialize_grads(False)
-    _, _, states, words = output
-    ctx.mark_non_differentiable(states, words)
-    words = None if cu_seqlens is None else words
+    _, _, states, documents = output
+    ctx.mark_non_differentiable(states, documents)
+    words = None if cu_seqlens is None else documents
     ctx.save_for_backward(q, k, v, slopes, words, initial_state, states)
     ctx.output_final_state = output_final_state
     ctx.piece_tokens = piece_tokens

@@ -1,6 +1,5 @@
 """`part.py` on Triton: the launches for a row that goes on before and behind what is here."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +12,7 @@ from fulmen.kernels.lightning.launch import (
     SHORTEST_PIECE,
     Launcher,
     addressable,
+    choose_tile,
     find_documents,
     make_plan,
     run,
@@ -31,16 +31,21 @@ def closing_state(
     k: Tensor, v: Tensor, slopes: Tensor, *, reverse: bool, piece_tokens: int = 0
 ) -> Tensor:
     """Pieces of the row run side by side and are summed with their decays."""
-    plan = make_plan(k, piece_tokens)
-    if not piece_tokens:
-        processors = num_processors(k.device, PROCESSORS_WITHOUT_GPU)
-        most = CLOSING_WAVES * processors // (plan.batch * plan.heads * plan.slices)
-        pieces = max(1, min(most, plan.chunks // SHORTEST_PIECE))
-        if plan.chunks <= LONGEST_WHOLE:
-            pieces = 1
-        plan = dataclasses.replace(plan, piece_chunks=-(-plan.chunks // pieces), in_turn=False)
+    plan = make_plan(k, piece_tokens or _closing_piece(k))
     launcher = Launcher(plan, slopes, reverse=reverse)
     return launcher.closing_state(addressable(k), addressable(v))
+
+
+def _closing_piece(k: Tensor) -> int:
+    """Tokens of a piece."""
+    _, tokens, heads, head_dim = k.shape
+    tile = choose_tile(k.dtype, head_dim)
+    chunks, pieces = -(-tokens // tile.block_tokens), 1
+    if chunks > LONGEST_WHOLE:
+        processors = num_processors(k.device, PROCESSORS_WITHOUT_GPU)
+        most = CLOSING_WAVES * processors // (heads * (head_dim // tile.block_values))
+        pieces = max(1, min(most, chunks // SHORTEST_PIECE))
+    return -(-chunks // pieces) * tile.block_tokens
 
 
 def combine_states(

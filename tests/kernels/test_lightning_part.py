@@ -289,7 +289,9 @@ COMBINATIONS = [(0, 0), (0, 1), (3, 4), (0, 2), (1, 5), (0, 6)]
 """First and end of the parts that count, of six."""
 
 
-def wanted_combination(gathered: Tensor, first: int, end: int, tokens: int, reverse: bool) -> Tensor:
+def wanted_combination(
+    gathered: Tensor, first: int, end: int, tokens: int, reverse: bool
+) -> Tensor:
     """In fp64, as the ranks in between would hand a state on."""
     slopes = torch.tensor(COMBINED_SLOPES, dtype=torch.float64)
     state = torch.zeros(gathered.shape[1:], dtype=torch.float64)
@@ -360,6 +362,19 @@ def test_a_short_closing_state_is_one_launch(monkeypatch: pytest.MonkeyPatch) ->
 
 def by_the_launcher() -> list[Callable[..., Tensor]]:
     return [partial(launch_part.closing_state, reverse=reverse) for reverse in (False, True)]
+
+
+@pytest.mark.slow
+@compiles_only
+def test_combining_compiles_once(compiled_for_hopper: list[tuple[str, Any]]) -> None:
+    """Whatever the ranks and the length of their parts are."""
+    gathered, slopes = torch.zeros(5, 2, 128, 128), torch.zeros(2)
+    for first, end, tokens in ((0, 2, 1), (1, 4, 4096), (0, 5, 33)):
+        launch_part.combine_states(gathered, slopes, first, end, tokens, reverse=False)
+    kernels = [kernel for name, kernel in compiled_for_hopper if name == "combine_kernel"]
+    assert len(kernels) == 3
+    assert len({id(kernel) for kernel in kernels}) == 1
+    assert "ld.global.v4" in kernels[0].asm["ptx"]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU does not say what it reads")
