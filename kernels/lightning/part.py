@@ -132,5 +132,5 @@ def _ready(x: Tensor) -> Tensor:
 
 def _ready_bounds(cu_seqlens: Tensor | None) -> Tensor | None:
     if cu_seqlens is None or cu_seqlens.shape[0] == 2:
-        return None  # a single document's chunks need no table
+        return None  # a single document's chunks need no words
     return cu_seqlens.int().contiguous()
