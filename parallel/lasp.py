@@ -99,12 +99,13 @@ class PassStates:
         self.through = None
         if len(part.lengths) == 1 and part.first_sender < part.rank < part.last_receiver:
             self.through = _decay(slopes, part.tokens).to(own.dtype)
-        self.received = torch.zeros_like(own)
         self.receiving: list[dist.Work] = []
         self.sending: list[dist.Work] = []
         if 0 <= source < part.size:
+            self.received = torch.empty_like(own)
             self.receiving = _transfer(dist.irecv, self.received, source, group)
         else:
+            self.received = torch.zeros_like(own)
             self._send(own)
 
     def receive(self) -> Tensor:
