@@ -388,8 +388,8 @@ def combine_kernel(
     `l^(tokens (s - first))`. Grid: heads x parts of BLOCK numbers, the parts fastest.
 
     fp32 is enough: an exponent x is off by some x 2^-22 (roundings of the rate and of products), a
-    weight 2^-x by x 2^-x 2^-22 ln 2, which is below 2^-23 for every x, a rounding of the state; and
-    the nearest state has x = 0, exact.
+    weight 2^-x by x 2^-x 2^-22 ln 2, which is below 2^-23 for every x, less than exp2 itself is off
+    at 1; and the nearest state has x = 0, exact.
     """
     parts: tl.constexpr = STATE_SIZE // BLOCK
     program = tl.program_id(0)

@@ -338,7 +338,7 @@ def test_combined_states_by_the_kernel(tokens: int, reverse: bool) -> None:
             launch_part.combine_states(poisoned, slopes, first, end, tokens, reverse=reverse)
         ):
             # By head: a slow one's large states must not hide another's error.
-            assert_near(mine, wanted[head], 5e-7, f"{first} to {end}, head {head}")
+            assert_near(mine, wanted[head], 2e-6, f"{first} to {end}, head {head}")
 
 
 @on_kernels
