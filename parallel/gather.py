@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fulmen.kernels.common import accumulation_dtype
 from fulmen.parallel.balance import Layout, documents_of
+from fulmen.parallel.collectives import all_gather, reduce_scatter
 from fulmen.parallel.progress import exchange
 from fulmen.parallel.tiles import Attended, Gradients, Tile
 
@@ -48,7 +49,7 @@ class _Gather(torch.autograd.Function):
         documents = documents_of(layout, rank, q.device)
         row = kv.new_empty(layout.size * kv.shape[0], *kv.shape[1:])
         with exchange("keys and values of the row", group):
-            gathering = _all_gather(row, kv, group=group, async_op=True)
+            gathering = all_gather(row, kv, group=group, async_op=True)
             if layout.stays:
                 attended = Attended(q, kv, documents)  # while the others' keys come
             gathering.wait()
@@ -75,7 +76,7 @@ class _Gather(torch.autograd.Function):
             d_row[part.start : part.end] += d_kv[part.offset :][: part.end - part.start]
         d_kv = d_row.new_empty(d_row.shape[0] // layout.size, *d_row.shape[1:])
         with exchange("gradients of keys and values", group):
-            _reduce_scatter(d_kv, d_row, group=group)
+            reduce_scatter(d_kv, d_row, group=group)
         return sums.dq.to(q.dtype), d_kv.to(row.dtype), None, None, None
 
 
@@ -83,8 +84,3 @@ def _own(row: Tensor, layout: Layout, rank: int) -> Tensor:
     """The tokens that `rank` attends for; a view where they are in one piece."""
     parts: Sequence[Tensor] = [row[part.start : part.end] for part in layout.ranges[rank]]
     return parts[0] if len(parts) == 1 else torch.cat([row[:0], *parts])
-
-
-# torch 2.13 has new names for these, and warns of the old ones.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -21,6 +21,7 @@ does not need the others' (forward the product of the gate, backward the gradien
 gives the state of the others. Nothing waits on the host.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from fulmen.kernels.common import accumulation_dtype
 from fulmen.kernels.lightning import (
     closing_state,
+    combine_states,
     opening_gradient,
     part_backward_kv,
     part_backward_q,
@@ -38,6 +40,7 @@ from fulmen.kernels.lightning import (
 )
 from fulmen.models.layers import Context, decay_slopes
 from fulmen.models.lightning import LightningAttention
+from fulmen.parallel.collectives import all_gather
 from fulmen.parallel.progress import exchange
 from fulmen.parallel.seams import fill_seam
 from fulmen.parallel.sequence import RowPart
@@ -63,10 +66,10 @@ class GatherStates:
         self.slopes, self.part, self.group, self.reverse = slopes, part, group, reverse
         self.gathered = own.new_empty(part.size, *own.shape)
         self.own = own  # lives until it has been read
-        self.work = dist.all_gather(list(self.gathered), own, group=group, async_op=True)
+        row = self.gathered.flatten(0, 1)
+        self.work = all_gather(row, own, group=group, async_op=True)
 
     def receive(self) -> Tensor:
-        assert self.work is not None
         with exchange(_name("LASP+", self.reverse), self.group):
             self.work.wait()
         part = self.part
@@ -74,11 +77,9 @@ class GatherStates:
             first, end = part.rank + 1, part.last_receiver + 1
         else:
             first, end = part.first_sender, part.rank
-        sender = torch.arange(first, end, device=self.slopes.device)
-        between = sender - first if self.reverse else end - 1 - sender
-        weights = _decay(self.slopes, part.tokens * between[:, None]).to(self.gathered.dtype)
-        # Not a matrix product, which may be allowed to round states to tf32.
-        return (weights[:, :, None, None] * self.gathered[first:end]).sum(0)
+        return combine_states(
+            self.gathered, self.slopes, first, end, part.tokens, reverse=self.reverse
+        )
 
     def close(self) -> None:
         pass
@@ -98,20 +99,20 @@ class PassStates:
         self.through = None
         if len(part.lengths) == 1 and part.first_sender < part.rank < part.last_receiver:
             self.through = _decay(slopes, part.tokens).to(own.dtype)
-        self.received = torch.zeros_like(own)
-        self.receiving: dist.Work | None = None
-        self.sending: dist.Work | None = None
+        self.receiving: list[dist.Work] = []
+        self.sending: list[dist.Work] = []
         if 0 <= source < part.size:
-            self.receiving = dist.irecv(self.received, group=group, group_src=source)
+            self.received = torch.empty_like(own)
+            self.receiving = _transfer(dist.irecv, self.received, source, group)
         else:
+            self.received = torch.zeros_like(own)
             self._send(own)
 
     def receive(self) -> Tensor:
         # Named on every rank, also on the first, which receives nothing.
         with exchange(_name("LASP", self.reverse), self.group):
-            if self.receiving is not None:
-                self.receiving.wait()
-        if self.receiving is not None:
+            _wait(self.receiving)
+        if self.receiving:
             own = self.own
             if self.through is not None:
                 own = torch.addcmul(own, self.received, self.through[:, None, None])
@@ -119,13 +120,12 @@ class PassStates:
         return self.received
 
     def close(self) -> None:
-        if self.sending is not None:
-            self.sending.wait()
+        _wait(self.sending)
 
     def _send(self, state: Tensor) -> None:
         if self.has_target:
             self.own = state  # lives until it has been sent
-            self.sending = dist.isend(state, group=self.group, group_dst=self.target)
+            self.sending = _transfer(dist.isend, state, self.target, self.group)
 
 
 EXCHANGES: dict[str, type[GatherStates] | type[PassStates]] = {
@@ -143,9 +143,25 @@ def _name(variant: str, reverse: bool) -> str:
     return f"{variant} gradients of states" if reverse else f"{variant} states"
 
 
-def _decay(slopes: Tensor, tokens: Tensor | int) -> Tensor:
+def _decay(slopes: Tensor, tokens: int) -> Tensor:
     """What is left of a state after so many tokens, by head, in fp64."""
     return torch.exp(-slopes.double() * tokens)
+
+
+def _transfer(
+    send_or_receive: Callable[..., Any], state: Tensor, peer: int, group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """To or from the rank `peer` of the group.
+
+    A batch of one: for each pair of ranks that send without a batch, NCCL makes a communicator.
+    """
+    operation = dist.P2POp(send_or_receive, state, group=group, group_peer=peer)
+    return dist.batch_isend_irecv([operation])
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 def spread_lightning(layer: LightningAttention, group: dist.ProcessGroup, variant: str) -> None:
@@ -192,8 +208,8 @@ class PartAttention:
         self.exchange = partial(EXCHANGES[variant], slopes=slopes, part=part, group=group)
         with torch.no_grad():
             if part.last_receiver > part.rank:
-                last = part.tokens - part.lengths[-1]
-                own = closing_state(k[:, last:], v[:, last:], slopes)
+                last, end = part.tokens - part.lengths[-1], part.tokens
+                own = closing_state(_tokens(k, last, end), _tokens(v, last, end), slopes)
             else:
                 own = _no_state(k)
             self.entering: StateExchange = self.exchange(own, reverse=False)
@@ -212,25 +228,30 @@ class _Attend(torch.autograd.Function):
         entering = attention.entering.receive()
         out, kept = part_forward(q, k, v, slopes, bounds, entering)
         attention.entering.close()
-        ctx.save_for_backward(q, k, v, slopes, bounds, entering, kept)
+        ctx.save_for_backward(q, k, v, slopes, bounds, entering, *kept)
         ctx.part, ctx.exchange = attention.part, attention.exchange
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (d_out,) = gradients
-        q, k, v, slopes, bounds, entering, kept = ctx.saved_tensors
+        q, k, v, slopes, bounds, entering, *kept = ctx.saved_tensors
         part = ctx.part
         if part.first_sender < part.rank:
             first = part.lengths[0]
-            own = opening_gradient(q[:, :first], d_out[:, :first], slopes)
+            own = opening_gradient(_tokens(q, 0, first), _tokens(d_out, 0, first), slopes)
         else:
             own = _no_state(q)
         leaving = ctx.exchange(own, reverse=True)
         dq = part_backward_q(d_out, k, v, slopes, bounds, entering, kept)
-        dk, dv = part_backward_kv(d_out, q, k, v, slopes, bounds, leaving.receive())
+        dk, dv = part_backward_kv(d_out, q, k, v, slopes, bounds, leaving.receive(), kept)
         leaving.close()
         return dq, dk, dv, None
+
+
+def _tokens(x: Tensor, first: int, end: int) -> Tensor:
+    """Some tokens of a part; no view is made for all of them."""
+    return x if end - first == x.shape[1] else x[:, first:end]
 
 
 def _no_state(x: Tensor) -> Tensor:

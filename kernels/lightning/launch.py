@@ -96,6 +96,12 @@ class Plan:
         return self.batch * (self.pieces - 1), self.heads, self.head_dim, self.head_dim
 
     @property
+    def words_shape(self) -> tuple[int, int]:
+        """For an entry before the first and one behind the last chunk, and an even number: kernels
+        are compiled for addresses at multiples of 16 bytes."""
+        return 2, (self.chunks + 3) // 2 * 2
+
+    @property
     def state_shape(self) -> tuple[int, ...]:
         return self.batch, self.heads, self.head_dim, self.head_dim
 
@@ -118,30 +124,34 @@ def make_plan(q: Tensor, piece_tokens: int) -> Plan:
     return Plan(tile, batch, tokens, heads, head_dim, chunks, piece_chunks, in_turn)
 
 
+def find_documents(plan: Plan, cu_seqlens: Tensor) -> Tensor:
+    """What all passes must know of a packed row's documents: words, see triton_documents.py."""
+    words = torch.empty(plan.words_shape, dtype=torch.int64, device=cu_seqlens.device)
+    sequences = cu_seqlens.shape[0] - 1
+    run(
+        documents_kernel,
+        words.numel(),
+        cu_seqlens,
+        words,
+        sequences,
+        sequences.bit_length(),
+        plan.tokens,
+        BLOCK_TOKENS=plan.tile.block_tokens,
+        num_warps=1,
+    )
+    return words
+
+
 class Launcher:
     """The launches of one call: what all of them share, written once."""
 
     def __init__(
-        self, plan: Plan, slopes: Tensor, cu_seqlens: Tensor | None, *, reverse: bool = False
+        self, plan: Plan, slopes: Tensor, words: Tensor | None = None, *, reverse: bool = False
     ) -> None:
+        """`words` of `find_documents`, for a packed row."""
         self.plan, self.slopes, self.reverse = plan, slopes, reverse
-        self.packed = cu_seqlens is not None
-        self.words = slopes  # never read unless packed
-        if cu_seqlens is not None:
-            self.words = torch.empty(plan.chunks + 2, dtype=torch.int64, device=cu_seqlens.device)
-            sequences = cu_seqlens.shape[0] - 1
-            _run(
-                documents_kernel,
-                plan.chunks,
-                cu_seqlens,
-                self.words,
-                sequences,
-                sequences.bit_length(),
-                plan.tokens,
-                BLOCK_TOKENS=plan.tile.block_tokens,
-                REVERSE=reverse,
-                num_warps=1,
-            )
+        self.packed = words is not None
+        self.words = slopes if words is None else words[int(reverse)]  # slopes: never read
 
     def sizes(self) -> dict[str, Any]:
         plan, tile = self.plan, self.plan.tile
@@ -166,11 +176,10 @@ class Launcher:
         return self._states(b, c, outer, cuts)
 
     def closing_state(self, b: Tensor, c: Tensor) -> Tensor:
-        """`[batch, heads, head_dim, head_dim]`: what rows that are not packed leave behind."""
+        """`[heads, head_dim, head_dim]`: what one row that is not packed leaves behind."""
         assert not self.packed
-        plan = self.plan
-        states = self._states(b, c, None, plan.pieces)
-        return states.unflatten(0, (plan.batch, plan.pieces))[:, 0 if self.reverse else -1]
+        assert self.plan.batch == 1
+        return self._states(b, c, None, self.plan.pieces)[0 if self.reverse else -1]
 
     def _states(self, b: Tensor, c: Tensor, outer: Tensor | None, places: int) -> Tensor:
         """At a row's cuts, or, for as many `places` as pieces, at the end of each."""
@@ -178,7 +187,7 @@ class Launcher:
         shape = (plan.batch * places, *plan.cuts_shape[1:])
         states = torch.empty(shape, dtype=torch.float32, device=b.device)
         decays = torch.empty(shape[:2], dtype=torch.float32, device=b.device)
-        _run(
+        run(
             local_state_kernel,
             self.num_programs(plan.pieces),
             b,
@@ -201,7 +210,7 @@ class Launcher:
             return states
         size = plan.head_dim**2
         block = min(size, CARRY_BLOCK)
-        _run(
+        run(
             carry_kernel,
             plan.batch * plan.heads * (size // block),
             states,
@@ -238,7 +247,7 @@ class Launcher:
         if in_turn:
             launches = [[piece, 1] for piece in (reversed(pieces) if self.reverse else pieces)]
         for first_piece, launched in launches:
-            _run(
+            run(
                 scan_kernel,
                 self.num_programs(launched),
                 a,
@@ -269,8 +278,8 @@ class Launcher:
         return self.plan.batch * pieces * self.plan.heads * self.plan.slices
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[:3]
 
 
 def addressable(x: Tensor) -> Tensor:
@@ -279,8 +288,9 @@ def addressable(x: Tensor) -> Tensor:
     Views of a joint projection pass as they are; autograd's expanded gradients do not.
     """
     unit = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(n > 0 and n % unit == 0 for n in _strides(x))
-    if aligned and x.stride(3) == 1:
+    row, token, head, number = x.stride()
+    aligned = row % unit == token % unit == head % unit == x.data_ptr() % 16 == 0
+    if aligned and min(row, token, head) > 0 and number == 1:
         return x
     # Not `contiguous`, which copies nothing where an address or a single row's stride is odd.
     return x.clone(memory_format=torch.contiguous_format)
@@ -291,7 +301,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """Launches over a grid of one axis, on the device of the first argument."""
     if programs:
         with torch.cuda.device_of(arguments[0]):
@@ -309,10 +319,12 @@ def _attend(
     initial_state: Tensor | None,
     output_final_state: bool,
     piece_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state (empty unless asked for), states at the cuts (for the backward pass)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, final state (empty unless asked for); for the backward pass: states at the cuts,
+    documents (empty unless packed)."""
     plan = make_plan(q, piece_tokens)
-    launcher = Launcher(plan, slopes, cu_seqlens)
+    words = None if cu_seqlens is None else find_documents(plan, cu_seqlens)
+    launcher = Launcher(plan, slopes, words)
     q, k, v = map(addressable, (q, k, v))
     states = launcher.cut_states(k, v, initial_state)
     final = q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32)
@@ -326,7 +338,7 @@ def _attend(
         transposed=False,
         fills_cuts=True,
     )
-    return out, final, states
+    return out, final, states, q.new_empty(0, dtype=torch.int64) if words is None else words
 
 
 @_attend.register_fake
@@ -339,12 +351,14 @@ def _(
     initial_state: Tensor | None,
     output_final_state: bool,
     piece_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = make_plan(q, piece_tokens)
+    words_shape = (0,) if cu_seqlens is None else plan.words_shape
     return (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         q.new_empty(plan.state_shape if output_final_state else (0,), dtype=torch.float32),
         q.new_empty(plan.cuts_shape, dtype=torch.float32),
+        q.new_empty(words_shape, dtype=torch.int64),
     )
 
 
@@ -356,14 +370,14 @@ def _attend_backward(
     k: Tensor,
     v: Tensor,
     slopes: Tensor,
-    cu_seqlens: Tensor | None,
+    words: Tensor | None,
     initial_state: Tensor | None,
     states: Tensor,
     piece_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial state (empty if there was none)."""
     plan = make_plan(q, piece_tokens)
-    launcher = Launcher(plan, slopes, cu_seqlens)
+    launcher = Launcher(plan, slopes, words)
     q, k, v, d_out = map(addressable, (q, k, v, d_out))
     d_final = None if d_final is None else d_final.contiguous()
     has_initial = initial_state is not None
@@ -378,7 +392,7 @@ def _attend_backward(
         transposed=True,
     )
     # dk and dv scan one sequence of states, of which dk takes the transposes.
-    launcher = Launcher(plan, slopes, cu_seqlens, reverse=True)
+    launcher = Launcher(plan, slopes, words, reverse=True)
     gradients = launcher.cut_states(q, d_out, d_final)
     dk = launcher.scan(
         v,
@@ -410,7 +424,7 @@ def _(
     k: Tensor,
     v: Tensor,
     slopes: Tensor,
-    cu_seqlens: Tensor | None,
+    words: Tensor | None,
     initial_state: Tensor | None,
     states: Tensor,
     piece_tokens: int,
@@ -424,16 +438,18 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, slopes, cu_seqlens, initial_state, output_final_state, piece_tokens = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(q, k, v, slopes, cu_seqlens, initial_state, output[2])
+    _, _, states, documents = output
+    ctx.mark_non_differentiable(states, documents)
+    words = None if cu_seqlens is None else documents
+    ctx.save_for_backward(q, k, v, slopes, words, initial_state, states)
     ctx.output_final_state = output_final_state
     ctx.piece_tokens = piece_tokens
 
 
 def _backward(
-    ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: Tensor | None
+    ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, slopes, cu_seqlens, initial_state, states = ctx.saved_tensors
+    q, k, v, slopes, words, initial_state, states = ctx.saved_tensors
     dq, dk, dv, d_initial = _attend_backward(
         torch.zeros_like(q) if d_out is None else d_out,
         d_final if ctx.output_final_state else None,
@@ -441,7 +457,7 @@ def _backward(
         k,
         v,
         slopes,
-        cu_seqlens,
+        words,
         initial_state,
         states,
         ctx.piece_tokens,
@@ -505,7 +521,7 @@ def triton_lightning_attention(
         zeros = q.new_zeros(shape, dtype=torch.float32)
         final_state = zeros if initial_state is None else initial_state.float()
         return v.clone(), final_state if output_final_state else None
-    out, final_state, _ = _attend(
+    out, final_state, _, _ = _attend(
         q,
         k,
         v,

@@ -1,5 +1,6 @@
 """The public op: argument checks, and the choice between Triton and the reference."""
 
+import functools
 import itertools
 
 import torch
@@ -87,4 +88,10 @@ def why_not(q: Tensor) -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_copy_engine(device_index: int | None) -> bool:
-    return torch.cuda.get_device_capability(device_index)[0] in (9, 10)
+    return _capability(device_index)[0] in (9, 10)
+
+
+@functools.cache
+def _capability(device_index: int | None) -> tuple[int, int]:
+    """Kept, for torch takes as long to ask as to compute on a small tensor."""
+    return torch.cuda.get_device_capability(device_index)

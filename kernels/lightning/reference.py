@@ -88,6 +88,17 @@ def reference_closing_state(k: Tensor, v: Tensor, slopes: Tensor, *, reverse: bo
     return torch.einsum("thd,the->hde", keys, v[0].to(accumulate))
 
 
+def reference_combine_states(
+    states: Tensor, slopes: Tensor, tokens: int, *, reverse: bool
+) -> Tensor:
+    """`sum_s l^(tokens (n-1-s)) states_s` of `[n, heads, ...]`; reverse, with `l^(tokens s)`."""
+    steps = torch.arange(states.shape[0], device=states.device)
+    steps = steps if reverse else steps.flip(0)
+    weights = torch.exp(-slopes.double() * (tokens * steps[:, None])).to(states.dtype)
+    # Not a matrix product, which may be allowed to round states to tf32.
+    return (weights[:, :, None, None] * states).sum(0)
+
+
 def _document_starts(cu_seqlens: Tensor | None, position: Tensor) -> Tensor:
     """Index of the first token of each position's document, shaped like `position`."""
     if cu_seqlens is None:

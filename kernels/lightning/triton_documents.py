@@ -55,15 +55,15 @@ def documents_kernel(
     search_steps,
     tokens,
     BLOCK_TOKENS: tl.constexpr,
-    REVERSE: tl.constexpr,
 ):
-    """Writes `words[1 + chunk]`, int64, a program a chunk: bit t says that the chunk's token t is
-    the first one of a document, in REVERSE the last one; the row's own ends do not count."""
-    chunk = tl.program_id(0)
+    """Writes `words[reverse, 1 + chunk]`, int64, a program each: bit t says that the chunk's token
+    t is the first one of a document, in reverse the last one; the row's own ends do not count.
+    Entries before the first and behind the last chunk have no bits."""
+    entries = (tl.cdiv(tokens, BLOCK_TOKENS) + 3) // 2 * 2
+    reverse = tl.program_id(0) // entries
+    chunk = tl.program_id(0) % entries - 1
     offset = tl.arange(0, BLOCK_TOKENS)
-    bound = chunk * BLOCK_TOKENS + offset  # which is a document's beginning, or not
-    if REVERSE:
-        bound += 1
+    bound = chunk * BLOCK_TOKENS + offset + reverse  # which is a document's beginning, or not
     low = bound * 0
     high = low + num_sequences
     for _ in range(search_steps):  # for the last document that begins at or before `bound`
@@ -73,4 +73,4 @@ def documents_kernel(
         high = tl.where(begins, high, middle)
     is_bound = (tl.load(cu_seqlens + low) == bound) & (bound > 0) & (bound < tokens)
     word = tl.sum(is_bound.to(tl.int64) << offset.to(tl.int64), axis=0)
-    tl.store(words + 1 + chunk, word)
+    tl.store(words + tl.program_id(0), word)

@@ -369,3 +369,37 @@ def carry_kernel(
         here = states + tl.cast(place, tl.int64) * STATE_SIZE + within
         state = state * tl.load(decays + place) + tl.load(here)
         tl.store(here, state)
+
+
+@triton.jit(do_not_specialize=["first", "end", "tokens", "heads"])
+def combine_kernel(
+    gathered,
+    slopes,
+    combined,
+    first,
+    end,
+    tokens,
+    heads,
+    STATE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """`sum_s l^(tokens (end - 1 - s)) gathered_s` for s from `first` to `end`, in REVERSE
+    `l^(tokens (s - first))`. Grid: heads x parts of BLOCK numbers, the parts fastest.
+
+    fp32 is enough: an exponent x is off by some x 2^-22 (roundings of the rate and of products), a
+    weight 2^-x by x 2^-x 2^-22 ln 2, which is below 2^-23 for every x, less than exp2 itself is off
+    at 1; and the nearest state has x = 0, exact.
+    """
+    parts: tl.constexpr = STATE_SIZE // BLOCK
+    program = tl.program_id(0)
+    head = program // parts
+    within = (program % parts) * BLOCK + tl.arange(0, BLOCK)
+    log2_decay = log2_decay_of(slopes, head)
+    state = tl.zeros([BLOCK], dtype=tl.float32)
+    for source in range(first, end):
+        between = source - first if REVERSE else end - 1 - source
+        weight = tl.exp2(log2_decay * (tokens * between).to(tl.float32))
+        here = gathered + (tl.cast(source, tl.int64) * heads + head) * STATE_SIZE + within
+        state += weight * tl.load(here)
+    tl.store(combined + head * STATE_SIZE + within, state)

@@ -6,6 +6,7 @@ interpreter.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from fulmen.kernels.lightning import (
     closing_state,
+    combine_states,
     launch,
     launch_part,
     opening_gradient,
@@ -129,7 +131,7 @@ def by_the_op(part: Part) -> dict[str, Tensor]:
     q, k, v, slopes, bounds = part.q, part.k, part.v, part.slopes, part.bounds
     out, kept = part_forward(q, k, v, slopes, bounds, part.entering)
     dq = part_backward_q(part.d_out, k, v, slopes, bounds, part.entering, kept)
-    dk, dv = part_backward_kv(part.d_out, q, k, v, slopes, bounds, part.d_leaving)
+    dk, dv = part_backward_kv(part.d_out, q, k, v, slopes, bounds, part.d_leaving, kept)
     return {"out": out, "dq": dq, "dk": dk, "dv": dv}
 
 
@@ -137,8 +139,8 @@ def by_the_kernels(part: Part, piece_tokens: int = 0) -> dict[str, Tensor]:
     q, k, v, d_out, slopes, bounds = part.q, part.k, part.v, part.d_out, part.slopes, part.bounds
     cut: dict[str, Any] = {"piece_tokens": piece_tokens}
     out, kept = launch_part.forward(q, k, v, slopes, bounds, part.entering, **cut)
-    dq = launch_part.backward_q(d_out, k, v, slopes, bounds, part.entering, kept, **cut)
-    dk, dv = launch_part.backward_kv(d_out, q, k, v, slopes, bounds, part.d_leaving, **cut)
+    dq = launch_part.backward_q(d_out, k, v, slopes, part.entering, kept, **cut)
+    dk, dv = launch_part.backward_kv(d_out, q, k, v, slopes, part.d_leaving, kept, **cut)
     return {"out": out, "dq": dq, "dk": dk, "dv": dv}
 
 
@@ -280,6 +282,99 @@ def test_a_row_in_parts_by_the_kernels() -> None:
             own += state * torch.exp(-row.slopes * (end - first))[:, None, None]
         state = own
     assert_near(torch.cat(outputs, 1), wanted, TOLERANCE[torch.float32], "output")
+
+
+COMBINED_SLOPES = [0.0, 1e-6, 0.003, 0.3, 1e4, 1e30]
+COMBINATIONS = [(0, 0), (0, 1), (3, 4), (0, 2), (1, 5), (0, 6)]
+"""First and end of the parts that count, of six."""
+
+
+def wanted_combination(
+    gathered: Tensor, first: int, end: int, tokens: int, reverse: bool
+) -> Tensor:
+    """In fp64, as the ranks in between would hand a state on."""
+    slopes = torch.tensor(COMBINED_SLOPES, dtype=torch.float64)
+    state = torch.zeros(gathered.shape[1:], dtype=torch.float64)
+    parts = range(first, end)
+    for part in reversed(parts) if reverse else parts:
+        through = torch.exp(-slopes * tokens)[:, None, None]
+        state = state * through + gathered[part].double().cpu()
+    return state
+
+
+def gathered_states(dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, len(COMBINED_SLOPES), 16, 16)
+    gathered = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    gathered[0] *= 1e3  # the farthest one in one direction
+    return gathered
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tokens", [1, 100, 2**20])
+def test_combined_states(tokens: int, reverse: bool, dtype: torch.dtype) -> None:
+    gathered = gathered_states(dtype)
+    slopes = torch.tensor(COMBINED_SLOPES, dtype=dtype)
+    for first, end in COMBINATIONS:
+        wanted = wanted_combination(gathered, first, end, tokens, reverse)
+        state = combine_states(gathered, slopes, first, end, tokens, reverse=reverse)
+        assert state.dtype == dtype
+        assert_near(state, wanted, 1e-12 if dtype == torch.float64 else 3e-6, f"{first} to {end}")
+
+
+@on_kernels
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tokens", [1, 100, 2**20])
+def test_combined_states_by_the_kernel(tokens: int, reverse: bool) -> None:
+    gathered = gathered_states(torch.float32).to(DEVICE)
+    slopes = torch.tensor(COMBINED_SLOPES, device=DEVICE)
+    for first, end in COMBINATIONS:
+        wanted = wanted_combination(gathered, first, end, tokens, reverse)
+        unread = [part for part in range(6) if not first <= part < end]
+        poisoned = gathered.index_fill(0, torch.tensor(unread, device=DEVICE).long(), float("nan"))
+        for head, mine in enumerate(
+            launch_part.combine_states(poisoned, slopes, first, end, tokens, reverse=reverse)
+        ):
+            # By head: a slow one's large states must not hide another's error.
+            assert_near(mine, wanted[head], 2e-6, f"{first} to {end}, head {head}")
+
+
+@on_kernels
+def test_a_short_closing_state_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[str] = []
+    run = launch.run
+
+    def counted(kernel: Any, *args: Any, **options: Any) -> None:
+        launches.append(kernel.fn.__name__)
+        run(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "run", counted)
+    for tokens, more in ((300, []), (400, ["carry_kernel"])):
+        monkeypatch.setattr(launch_part, "LONGEST_WHOLE", 20)  # chunks of 16
+        part = make_part([tokens], torch.float32, slopes=[0.0, 0.5])
+        launches.clear()
+        launch_part.closing_state(part.k, part.v, part.slopes, reverse=False)
+        assert launches == ["local_state_kernel", *more]
+        compare_states(part, TOLERANCE[torch.float32], *by_the_launcher())
+
+
+def by_the_launcher() -> list[Callable[..., Tensor]]:
+    return [partial(launch_part.closing_state, reverse=reverse) for reverse in (False, True)]
+
+
+@pytest.mark.slow
+@compiles_only
+def test_combining_compiles_once(compiled_for_hopper: list[tuple[str, Any]]) -> None:
+    """Whatever the ranks and the length of their parts are."""
+    gathered, slopes = torch.zeros(5, 2, 128, 128), torch.zeros(2)
+    for first, end, tokens in ((0, 2, 1), (1, 4, 4096), (0, 5, 33)):
+        launch_part.combine_states(gathered, slopes, first, end, tokens, reverse=False)
+    kernels = [kernel for name, kernel in compiled_for_hopper if name == "combine_kernel"]
+    assert len(kernels) == 3
+    assert len({id(kernel) for kernel in kernels}) == 1
+    assert "ld.global.v4" in kernels[0].asm["ptx"]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU does not say what it reads")

@@ -322,9 +322,10 @@ def test_opcheck(
     arguments = (q, k, v, slopes, bounds, initial, with_states, piece_tokens)
     torch.library.opcheck(_attend, arguments)
     with torch.no_grad():
-        out, final, states = _attend(*arguments)
+        out, final, states, documents = _attend(*arguments)
+        words = None if bounds is None else documents
         d_final = final if with_states else None
-        backward = (out, d_final, q, k, v, slopes, bounds, initial, states, piece_tokens)
+        backward = (out, d_final, q, k, v, slopes, words, initial, states, piece_tokens)
         torch.library.opcheck(_attend_backward, backward)
 
 
@@ -451,6 +452,26 @@ def test_long_rows_in_windows(
     monkeypatch.setattr(launch, "WINDOW_TOKENS", 128)
     monkeypatch.setattr(launch, "choose_num_pieces", lambda *_: 1)
     compare_with_recurrence(lengths, dtype=dtype)
+
+
+@on_kernels
+@pytest.mark.parametrize("lengths", [[1], [64, 64], [63, 1, 0, 1, 65, 70], [1] * 129, [0, 64, 0]])
+def test_documents_as_bits(lengths: list[int]) -> None:
+    """The bound before token t: bit t of the words, and of those in reverse the bit before."""
+    bounds = boundaries(lengths)
+    tokens = sum(lengths)
+    plan = launch.make_plan(torch.empty(1, tokens, 1, 64, dtype=torch.bfloat16), 64)
+    words = launch.find_documents(plan, bounds.to(DEVICE)).tolist()
+    inside = {bound for bound in bounds.tolist() if 0 < bound < tokens}
+    for reverse, row in enumerate(words):
+        assert len(row) % 2 == 0
+        bits = {
+            64 * (entry - 1) + bit + reverse
+            for entry, word in enumerate(row)
+            for bit in range(64)
+            if word >> bit & 1
+        }
+        assert bits == inside
 
 
 @pytest.mark.slow

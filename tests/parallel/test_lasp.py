@@ -1,9 +1,12 @@
 """Lightning layers on parts of rows: outputs and every gradient equal one rank."""
 
 import random
-from itertools import accumulate
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -128,43 +131,50 @@ CROSSING = [5, 41, 2]
 
 def with_each_exchange_broken(device: torch.device) -> list[tuple[str, list[list[Tensor]]]]:
     """Results without one message, which is replaced by zeros: (what is missing, results)."""
-    real, rank, size = lasp.dist, dist.get_rank(), dist.get_world_size()
+    rank, size = dist.get_rank(), dist.get_world_size()
     results = []
 
-    def attempt(name: str, variant: str, function: str, call: int) -> None:
-        lasp.dist = _Losing(real, function, call)  # type: ignore[assignment]
-        results.append((name, on_this_rank([CROSSING], torch.float64, variant)))
-        lasp.dist = real
+    def attempt(name: str, variant: str, lost: int) -> None:
+        with losing(lost):
+            results.append((name, on_this_rank([CROSSING], torch.float64, variant)))
 
     for variant in EXCHANGES:
-        attempt("", variant, "all_gather", -1)
+        attempt("", variant, -1)
     for call, direction in enumerate(("forward", "backward")):
-        attempt(f"gather {direction}", "lasp_plus", "all_gather", call)
+        attempt(f"gather {direction}", "lasp_plus", call)
         for sender in range(size):
             # A rank at the end sends in one direction only.
             calls = 2 if 0 < sender < size - 1 else 1
             if calls == 1 and (sender == 0) != (direction == "forward"):
                 continue
             mine = min(call, calls - 1) if sender == rank else -1
-            attempt(f"send of {sender} {direction}", "lasp", "isend", mine)
+            attempt(f"send of {sender} {direction}", "lasp", mine)
     return results
 
 
-class _Losing:
-    """torch.distributed, of which one call of a function carries zeros."""
+@contextmanager
+def losing(lost: int) -> Iterator[None]:
+    """The call number `lost` by which this rank sends carries zeros."""
+    calls, kept = count(), []
+    gather, transfer = lasp.all_gather, lasp._transfer
 
-    def __init__(self, module: Any, function: str, lost: int) -> None:
-        self._module, self._function, self._lost, self._calls = module, function, lost, 0
+    def what_goes(own: Tensor) -> Tensor:
+        if next(calls) != lost:
+            return own
+        kept.append(torch.zeros_like(own))
+        return kept[0]
 
-    def __getattr__(self, name: str) -> Any:
-        return self._call if name == self._function else getattr(self._module, name)
+    def losing_gather(gathered: Tensor, own: Tensor, **options: Any) -> Any:
+        return gather(gathered, what_goes(own), **options)
 
-    def _call(self, *tensors: Tensor, **options: Any) -> Any:
-        if self._calls == self._lost:
-            tensors = (*tensors[:-1], torch.zeros_like(tensors[-1]))
-            self.kept = tensors
-        self._calls += 1
-        return getattr(self._module, self._function)(*tensors, **options)
+    def losing_transfer(operation: Any, state: Tensor, *others: Any) -> Any:
+        return transfer(operation, what_goes(state) if operation is dist.isend else state, *others)
+
+    with (
+        mock.patch.object(lasp, "all_gather", losing_gather),
+        mock.patch.object(lasp, "_transfer", losing_transfer),
+    ):
+        yield
 
 
 @pytest.mark.slow
@@ -180,29 +190,28 @@ def test_every_message_matters() -> None:
 
 def bytes_received(device: torch.device, variant: str, tokens: int) -> int:
     """By this rank in a forward and backward pass."""
-    received, real = 0, lasp.dist
+    received, gather, batch = 0, lasp.all_gather, dist.batch_isend_irecv
 
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
+    def counted_gather(gathered: Tensor, own: Tensor, **options: Any) -> Any:
+        nonlocal received
+        received += gathered.nbytes
+        return gather(gathered, own, **options)
 
-        def all_gather(self, out: list[Tensor], own: Tensor, **options: Any) -> Any:
-            nonlocal received
-            received += sum(tensor.numel() * tensor.element_size() for tensor in out)
-            return real.all_gather(out, own, **options)
+    def counted_batch(operations: list[dist.P2POp]) -> Any:
+        nonlocal received
+        received += sum(each.tensor.nbytes for each in operations if each.op is dist.irecv)
+        return batch(operations)
 
-        def irecv(self, out: Tensor, **options: Any) -> Any:
-            nonlocal received
-            received += out.numel() * out.element_size()
-            return real.irecv(out, **options)
-
-    lasp.dist = Counting()  # type: ignore[assignment]
     rank, size = dist.get_rank(), dist.get_world_size()
     part = RowPart(rank, size, tokens, (0, size * tokens))
     q, k, v = (torch.randn(1, tokens, HEADS, DIM, requires_grad=True) for _ in range(3))
     assert dist.group.WORLD is not None
-    begun = PartAttention(k, v, torch.tensor(SLOPES), part, None, dist.group.WORLD, variant)
-    begun.finish(q, k, v).sum().backward()
+    with (
+        mock.patch.object(lasp, "all_gather", counted_gather),
+        mock.patch.object(dist, "batch_isend_irecv", counted_batch),
+    ):
+        begun = PartAttention(k, v, torch.tensor(SLOPES), part, None, dist.group.WORLD, variant)
+        begun.finish(q, k, v).sum().backward()
     return received
 
 

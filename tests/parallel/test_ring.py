@@ -447,8 +447,8 @@ def broken_errors(device: torch.device) -> dict[str, list[float]]:
             "_pass_back",
             zeros_behind(back, slice(None), "home"),
         ),
-        "gather": (False, False, gather, "_all_gather", only_mine),
-        "reduce-scatter": (False, False, gather, "_reduce_scatter", keep_mine),
+        "gather": (False, False, gather, "all_gather", only_mine),
+        "reduce-scatter": (False, False, gather, "reduce_scatter", keep_mine),
     }
     for call, name in enumerate(["queries", "keys", "output"]):
         one = slice(call, call + 1)
