@@ -155,8 +155,8 @@ def _transfer(
 
     A batch of one: for each pair of ranks that send without a batch, NCCL makes a communicator.
     """
-    operation = dist.P2POp(send_or_receive, state, group=group, group_peer=peer)
-    return dist.batch_isend_irecv([operation])
+    peer = dist.get_global_rank(group, peer)
+    return dist.batch_isend_irecv([dist.P2POp(send_or_receive, state, peer, group)])
 
 
 def _wait(works: list[dist.Work]) -> None:
