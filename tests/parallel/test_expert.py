@@ -134,6 +134,8 @@ def on_many_ranks(
     device: torch.device, cases: list[Case], dtype: torch.dtype, broken: str = ""
 ) -> list[Part]:
     break_exchange(broken)
+    # Believing wrong counts reads rows that nobody sent, and the second pass has to read the same.
+    fill_rooms(float("nan") if broken != "counts" else 7.0)
     parts = []
     for case in cases:
         layer, mesh = spread_layer(device, case, dtype)
@@ -292,6 +294,19 @@ def test_a_shared_capacity_is_used_up_and_fair(drawn: tuple[list, list]) -> None
     over = (counts - own).double()
     wanted = over * (shares - own).sum(0) / over.sum(0).clamp(min=1)
     assert ((shares - own - wanted).abs() < 1).all()
+
+
+def fill_rooms(value: float) -> None:
+    """What lies in memory for several exchanges before their rows do."""
+    room = all_to_all.Parts.room
+
+    def filled(self: all_to_all.Parts, index: int, like: Tensor) -> Tensor:
+        if self._whole is None:
+            room(self, index, like)
+            cast(Tensor, self._whole).fill_(value)
+        return room(self, index, like)
+
+    all_to_all.Parts.room = filled  # type: ignore[method-assign]
 
 
 # ---- every exchange matters ----
