@@ -92,7 +92,7 @@ class Parts:
         """Memory for what comes back by the exchange of this number."""
         if self._whole is None:
             self._whole = like.new_empty(self._num_rows, like.shape[1])
-        # Autograd refuses views of one tensor that change one after the other; data is no view to it.
+        # By `data`, because autograd forbids that views of one tensor change one after the other.
         return self._whole.data[self._starts[index] : self._starts[index + 1]]
 
     def start(self, rows: Tensor, exchanges: list[AllToAll]) -> list[Tensor]:
@@ -165,9 +165,7 @@ class _StartParts(torch.autograd.Function):
 
 class _WaitParts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, parts: Parts, exchanges: list[AllToAll], *arriving: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, parts: Parts, exchanges: list[AllToAll], *arriving: Tensor) -> Tensor:
         ctx.parts, ctx.exchanges = parts, exchanges
         return parts.finish(exchanges)
 

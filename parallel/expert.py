@@ -11,7 +11,7 @@ numbers by one exchange of counts, and waits for it once a layer. With a capacit
 has to itself, every rank sends buffers of that size, and the host waits for nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -81,7 +81,7 @@ def make_leg(
     compute: Callable[[Tensor], Tensor],
     room: Room | None = None,
 ) -> Leg:
-    """`send` and `receive` are by rank of ep, `gathered` by rank of etp, `room` for what is back."""
+    """`send` and `receive` are by rank of ep, `gathered` by rank of etp; `room` as in `Parts`."""
     there = AllToAll(mesh.ep_group, send, receive, (None, room))
     # Over etp too these are all-to-alls, of copies and of parts of a sum: sizes differ, and parts
     # in bf16 are better summed here, in fp32. The bytes are those of the usual collectives.
@@ -203,7 +203,7 @@ def _arriving_segments(table: Tensor, mesh: Mesh) -> Tensor:
 
 
 def _plan_legs(
-    numbers: Tensor, mesh: Mesh, computes: list[Callable[[Tensor], Tensor]], num_rows: int
+    numbers: Tensor, mesh: Mesh, computes: Sequence[Callable[[Tensor], Tensor]], num_rows: int
 ) -> tuple[list[Leg], Parts]:
     """The way of each group, and its part of this rank's rows; `numbers` lie on the host."""
     # [ep, etp, groups, ep]: from a rank to a rank of ep.
