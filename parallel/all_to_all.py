@@ -98,7 +98,7 @@ class Parts:
     def start(self, rows: Tensor, exchanges: list[AllToAll]) -> list[Tensor]:
         """`AllToAll.start` of every part."""
         if exchanges[0].is_alone:
-            return self.split(rows) if self._is_split else [rows]
+            return self.split(rows)
         return list(_StartParts.apply(rows, self, exchanges))
 
     def wait(self, arriving: list[Tensor], exchanges: list[AllToAll]) -> Tensor:
@@ -114,8 +114,10 @@ class Parts:
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """The part of each exchange."""
-        ends = self._starts[1:]
-        return [rows[start:end] for start, end in zip(self._starts, ends, strict=False)]
+        if not self._is_split:
+            return [rows]
+        *parts, _ = rows.split([*self._sizes, self._num_rows - self._starts[-1]])
+        return parts
 
     def finish(self, exchanges: list[AllToAll]) -> Tensor:
         """Wait for what comes back by all of them."""
