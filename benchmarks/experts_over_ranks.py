@@ -1,11 +1,15 @@
-"""One layer of experts spread over ranks: its time, and the share of exchanges that is not hidden.
+"""Layers of experts spread over ranks: their time, and the share of exchanges that is not hidden.
 
     torchrun --nproc-per-node 2 benchmarks/experts_over_ranks.py ep=2 [etp=1] [model=text01_1b]
+        [layers=8]
 
-Forward and backward of the experts of one layer, random tokens and routing. Three times are taken
-for each number of token groups: the layer whole; its work alone, on as many rows that are already
-there; its exchanges alone, sorting included. What the layer takes longer than its work is not
-hidden. Prints a JSON line each, of the slowest rank's median.
+Forward and backward of the experts of `layers` layers, one after the other, with random tokens and
+routing: with several the host can run ahead of the device as far as it can in training. Three times
+are taken for each number of token groups: the layers whole; their work alone, on as many rows that
+are already there; their exchanges alone, sorting included. What the layers take longer than their
+work is not hidden. On GPUs a profile of rank 0 says what of NCCL's time runs beside no other kernel
+(`exchanges_ms`, `not_hidden_ms`), and how long others run (`work_ms`). Prints a JSON line each:
+times of one layer, of the slowest rank's median.
 """
 
 import json
@@ -19,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from overlap import communication, profile_steps
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -38,10 +43,12 @@ DEFAULTS = {
     "etp": 1,
     "groups": [1, 2, 4],
     "capacity_factor": None,
+    "layers": 1,
     "dtype": "bfloat16",
     "steps": 20,
     "warmup_steps": 5,
 }
+PROFILED_STEPS = 5
 
 
 def build(config: ModelConfig, options: Any, mesh: Mesh, num_groups: int) -> MoE:
@@ -57,7 +64,7 @@ def build(config: ModelConfig, options: Any, mesh: Mesh, num_groups: int) -> MoE
 
 
 def time_of(step: Callable[[], None], options: Any, mesh: Mesh) -> float:
-    """Median seconds of the slowest rank."""
+    """Median seconds a layer of the slowest rank."""
     times = []
     for _ in range(options.warmup_steps + options.steps):
         dist.barrier()
@@ -68,31 +75,34 @@ def time_of(step: Callable[[], None], options: Any, mesh: Mesh) -> float:
         times.append(time.perf_counter() - started)
     slowest = torch.tensor(statistics.median(times[options.warmup_steps :]), device=mesh.device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return slowest.item()
+    return slowest.item() / options.layers
 
 
 def measure(config: ModelConfig, options: Any, mesh: Mesh, num_groups: int) -> dict[str, Any]:
     """The three times with one number of groups."""
-    layer = build(config, options, mesh, num_groups)
+    layers = [build(config, options, mesh, num_groups) for _ in range(options.layers)]
     generator = torch.Generator().manual_seed(mesh.rank)
     x = torch.randn(options.tokens, config.hidden_size, generator=generator)
     x = x.to(mesh.device, getattr(torch, options.dtype)).requires_grad_()
     logits = torch.randn(options.tokens, config.num_experts, generator=generator)
     routing = route(logits.to(mesh.device), config.num_experts_per_token)
-    most_rows = layer._most_rows(x)
+    most_rows = layers[0]._most_rows(x)
 
     def whole() -> None:
-        output = layer.experts(x, routing.experts, routing.weights, most_rows)
+        output = x
+        for layer in layers:
+            output = layer.experts(output, routing.experts, routing.weights, most_rows)
         output.backward(output.detach())
 
-    weights = [w.to_local() if isinstance(w, DTensor) else w for w in layer.experts.parameters()]
+    held = layers[0].experts.parameters()
+    weights = [w.to_local() if isinstance(w, DTensor) else w for w in held]
     rows = options.tokens * config.num_experts_per_token * mesh.etp
     share = torch.full((weights[0].shape[0],), rows // weights[0].shape[0], device=mesh.device)
     local = torch.randn(rows, config.hidden_size, dtype=x.dtype, device=mesh.device)
     parts = [part.requires_grad_() for part in local.chunk(num_groups)]
 
     def work() -> None:
-        for part in parts:
+        for part in parts * options.layers:
             output = grouped_swiglu(part, share // num_groups, *weights)
             output.backward(output.detach())
 
@@ -100,11 +110,16 @@ def measure(config: ModelConfig, options: Any, mesh: Mesh, num_groups: int) -> d
     expert.grouped_swiglu = _no_work
     times["exchanges_s"] = time_of(whole, options, mesh)
     expert.grouped_swiglu = grouped_swiglu
+    profiled = {}
+    if mesh.device.type == "cuda":
+        repeats = PROFILED_STEPS * options.layers
+        profiled = communication(profile_steps(whole, PROFILED_STEPS), repeats)
     not_hidden = max(0.0, times["layer_s"] - times["work_s"])
     return {
         "groups": num_groups,
         **{name: round(value, 6) for name, value in times.items()},
         "not_hidden": round(not_hidden / times["layer_s"], 4),
+        **profiled,
     }
 
 
@@ -124,7 +139,8 @@ def main() -> None:
         result = measure(config, options, mesh, num_groups)
         if mesh.rank == 0:
             ranks = {"ranks": mesh.world_size, "ep": mesh.ep, "etp": mesh.etp, "device": device}
-            print(json.dumps({"model": options.model, "tokens": options.tokens, **ranks, **result}))
+            sizes = {"model": options.model, "tokens": options.tokens, "layers": options.layers}
+            print(json.dumps({**sizes, **ranks, **result}))
     dist.destroy_process_group()
 
 

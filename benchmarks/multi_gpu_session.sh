@@ -25,7 +25,7 @@ tests() {
 }
 sequence() { run sequence 80 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[lightning]'" 14; }
 softmax() { run softmax 90 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[softmax]' 'lengths=[32768,131072,524288]'" 14; }
-experts() { run experts 50 "$(ranks 2) benchmarks/experts_over_ranks.py ep=2 model=text01_3b; $(ranks 2) benchmarks/experts_over_ranks.py etp=2 'groups=[1,2]' model=text01_3b" 8; }
+experts() { run experts 80 "$(ranks 2) benchmarks/experts_over_ranks.py ep=2 model=text01_3b layers=8 'groups=[1,2]'; $(ranks 2) benchmarks/experts_over_ranks.py etp=2 'groups=[1,2]' model=text01_3b" 8; }
 steps() {
     local step="benchmarks/train_step.py model=text01_1b rival=false steps=15 profile=true"
     local long="$step shape.softmax_every=0 document_tokens=16777216 micro_batch_tokens=32768"

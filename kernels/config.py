@@ -28,7 +28,7 @@ class KernelsConfig:
     router: str = AUTO
     """Softmax over experts, top-k, counts: triton or torch."""
     permute: str = AUTO
-    """Rows to expert order and their weighted sum back: triton or torch."""
+    """Rows to expert order, by sender to by expert, and the weighted sum back: triton or torch."""
     grouped_gemm: str = AUTO
     """Products of each expert's rows with its matrix: grouped_mm, triton, or torch (a loop)."""
     cross_entropy: str = AUTO

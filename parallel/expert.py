@@ -11,10 +11,10 @@ numbers by one exchange of counts, and waits for it once a layer. With a capacit
 has to itself, every rank sends buffers of that size, and the host waits for nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,11 @@ from fulmen.kernels.moe import (
     grouped_swiglu,
     permutation,
     permute,
+    transpose_segments,
     unpermute,
 )
 from fulmen.models.moe import Experts
-from fulmen.parallel.all_to_all import AllToAll
+from fulmen.parallel.all_to_all import AllToAll, Parts, Room
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.progress import exchange
 from fulmen.parallel.seams import fill_seam
@@ -78,9 +79,10 @@ def make_leg(
     receive: list[int],
     gathered: list[int],
     compute: Callable[[Tensor], Tensor],
+    room: Room | None = None,
 ) -> Leg:
-    """`send` and `receive` are by rank of ep, `gathered` by rank of etp."""
-    there = AllToAll(mesh.ep_group, send, receive)
+    """`send` and `receive` are by rank of ep, `gathered` by rank of etp; `room` as in `Parts`."""
+    there = AllToAll(mesh.ep_group, send, receive, (None, room))
     # Over etp too these are all-to-alls, of copies and of parts of a sum: sizes differ, and parts
     # in bf16 are better summed here, in fp32. The bytes are those of the usual collectives.
     gather = AllToAll(mesh.etp_group, [gathered[mesh.etp_rank]] * mesh.etp, gathered)
@@ -97,39 +99,55 @@ def dispatch(
     most_rows: int | None,
 ) -> Tensor:
     """`Experts.dispatch` where a rank holds a part of the experts."""
-    num_experts = experts.w1.shape[0]
-    matrices = [cast(DTensor, w).to_local() for w in (experts.w1, experts.w3, experts.w2)]
     if most_rows is not None:
-        return _dispatch_buffers(mesh, num_groups, x, chosen, weights, matrices, most_rows)
-    # Sorted by group, then by expert: what goes to one rank lies together in each group.
-    token = torch.arange(x.shape[0], device=x.device)[:, None]
-    group = token * num_groups // x.shape[0]
-    dropped = num_groups * num_experts
-    keys = torch.where(chosen < num_experts, group * num_experts + chosen, dropped)
-    order = permutation(keys, dropped)
-    counts, on_host = _exchange_counts(order.counts.view(num_groups, num_experts), mesh)
-    rows = permute(x, order)  # while the counts are on their way to the host
-    numbers = on_host()
-    legs = [
-        _plan_leg(counts[..., g, :], numbers[..., g, :], mesh, matrices) for g in range(num_groups)
+        return _dispatch_buffers(experts, mesh, num_groups, x, chosen, weights, most_rows)
+    num_experts = experts.w1.shape[0]
+    keys = _by_group(chosen, num_groups, num_experts)
+    order = permutation(keys, num_groups * num_experts)
+    table, on_host = _exchange_counts(order.counts.view(num_groups, num_experts), mesh)
+    # Until on_host all is prepared that needs no numbers of the host, and after it nothing stands
+    # before the exchange of rows that can stand elsewhere: the device is idle until it begins.
+    rows = permute(x, order)
+    segments = _arriving_segments(table, mesh)
+    counts = segments.sum(1)
+    matrices = _local_matrices(experts)
+    computes = [
+        partial(_compute, *of_group, matrices)
+        for of_group in zip(segments.unbind(), counts.unbind(), strict=True)
     ]
-    sent = numbers[mesh.ep_rank, mesh.etp_rank].sum(-1).tolist()
-    *parts, rest = rows.split([*sent, rows.shape[0] - sum(sent)])
-    outputs = _travel(parts, legs, mesh)
-    return unpermute(torch.cat([*outputs, rest]), weights, order)
+    legs, parts = _plan_legs(on_host(), mesh, computes, rows.shape[0])
+    arriving = parts.start(rows, [leg.there for leg in legs])
+    outputs = parts.wait(_travel(arriving, legs, mesh), [leg.back for leg in legs])
+    return unpermute(outputs, weights, order)
 
 
-def _travel(parts: list[Tensor], legs: list[Leg], mesh: Mesh) -> list[Tensor]:
+def _by_group(chosen: Tensor, num_groups: int, num_experts: int) -> Tensor:
+    """Sort keys by group of tokens, then by expert: what goes to one rank lies together in each."""
+    if num_groups == 1:
+        return chosen
+    num_tokens = chosen.shape[0]
+    group = torch.arange(num_tokens, device=chosen.device)[:, None] * num_groups // num_tokens
+    dropped = num_groups * num_experts
+    return torch.where(chosen < num_experts, group * num_experts + chosen, dropped)
+
+
+def _local_matrices(experts: Experts) -> list[Tensor]:
+    return [cast(DTensor, w).to_local() for w in (experts.w1, experts.w3, experts.w2)]
+
+
+def _travel(rows: list[Tensor], legs: list[Leg], mesh: Mesh) -> list[Tensor]:
     """Rows to their experts and back, each group's exchanges beside the work on the others.
 
-    A wait also holds up what is issued behind it: the next group is waited for before the work on
-    this one where it has yet to be gathered, and after it otherwise.
+    `rows` are under way, and so are those returned. A wait also holds up what is issued behind it:
+    the next group is waited for before the work on this one where it has yet to be gathered, and
+    after it otherwise.
     """
-    rows = [leg.there.start(part) for leg, part in zip(legs, parts, strict=True)]
 
     def gather(g: int) -> None:
         arrived = legs[g].there.wait(rows[g])
-        rows[g] = legs[g].gather.start(arrived.expand(mesh.etp, -1, -1).flatten(0, 1))
+        if mesh.etp > 1:
+            arrived = arrived.expand(mesh.etp, -1, -1).flatten(0, 1)
+        rows[g] = legs[g].gather.start(arrived)
 
     def send_back(g: int) -> None:
         results = legs[g].reduce.wait(rows[g])
@@ -143,7 +161,7 @@ def _travel(parts: list[Tensor], legs: list[Leg], mesh: Mesh) -> list[Tensor]:
             rows[g] = legs[g].reduce.start(legs[g].compute(legs[g].gather.wait(rows[g])))
         if 0 <= g - ahead < len(legs):
             send_back(g - ahead)
-    return [leg.back.wait(part) for leg, part in zip(legs, rows, strict=True)]
+    return rows
 
 
 def _sum_parts(parts: Tensor, ranks: int) -> Tensor:
@@ -157,9 +175,10 @@ def _exchange_counts(counts: Tensor, mesh: Mesh) -> tuple[Tensor, Callable[[], T
 
     It waits for the device, which is the one time in a layer.
     """
-    table = counts.new_empty(mesh.ep, mesh.etp, *counts.shape)
+    table = counts.new_empty(mesh.ep * mesh.etp * counts.shape[0], counts.shape[1])
     with exchange("counts of rows for experts", mesh.expert_group):
-        dist.all_gather(list(table.flatten(0, 1)), counts, group=mesh.expert_group)
+        _all_gather(table, counts, group=mesh.expert_group)
+    table = table.view(mesh.ep, mesh.etp, *counts.shape)
     if not table.is_cuda:
         return table, lambda: table
     numbers = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
@@ -174,57 +193,70 @@ def _exchange_counts(counts: Tensor, mesh: Mesh) -> tuple[Tensor, Callable[[], T
     return table, on_host
 
 
-def _plan_leg(counts: Tensor, numbers: Tensor, mesh: Mesh, matrices: list[Tensor]) -> Leg:
-    """`counts` and `numbers` are the same `[ep, etp, experts]`, on the device and on the host."""
-    num_local = matrices[0].shape[0]
-    mine = slice(mesh.ep_rank * num_local, (mesh.ep_rank + 1) * num_local)
-    send = numbers[mesh.ep_rank, mesh.etp_rank].view(mesh.ep, num_local).sum(1).tolist()
-    arriving = numbers[:, :, mine].sum(2)
-    receive = arriving[:, mesh.etp_rank].tolist()
-    # Gathered rows lie by rank of etp, then by rank of ep, then by expert.
-    segments = counts[:, :, mine].transpose(0, 1)
-    compute = partial(_compute, segments, int(arriving.sum()), matrices)
-    return make_leg(mesh, send, receive, arriving.sum(0).tolist(), compute)
+def _arriving_segments(table: Tensor, mesh: Mesh) -> Tensor:
+    """`[groups, senders, local experts]` rows that this rank's experts get of each rank.
+
+    Gathered rows lie by rank of etp, then by rank of ep, then by expert.
+    """
+    mine = table.unflatten(-1, (mesh.ep, -1))[..., mesh.ep_rank, :]
+    return mine.permute(2, 1, 0, 3).flatten(1, 2)
 
 
-def _compute(segments: Tensor, num_rows: int, matrices: list[Tensor], rows: Tensor) -> Tensor:
-    """Apply the experts to rows that lie in segments by sender; `segments` is `[..., experts]`."""
-    num_local = segments.shape[-1]
-    if num_local == 1:
-        return grouped_swiglu(rows, segments.sum().view(1), *matrices)
-    expert = torch.arange(num_local, device=rows.device).expand(segments.shape)
-    expert = expert.flatten().repeat_interleave(segments.flatten(), output_size=num_rows)
-    order = permutation(expert[:, None], num_local)
-    outputs = grouped_swiglu(permute(rows, order), order.counts, *matrices)
-    return unpermute(outputs, None, order)
+def _plan_legs(
+    numbers: Tensor, mesh: Mesh, computes: Sequence[Callable[[Tensor], Tensor]], num_rows: int
+) -> tuple[list[Leg], Parts]:
+    """The way of each group, and its part of this rank's rows; `numbers` lie on the host."""
+    # [ep, etp, groups, ep]: from a rank to a rank of ep.
+    sizes = numbers.unflatten(-1, (mesh.ep, -1)).sum(-1).tolist()
+    sends = sizes[mesh.ep_rank][mesh.etp_rank]
+    parts = Parts([sum(send) for send in sends], num_rows)
+    legs = []
+    for g, (send, compute) in enumerate(zip(sends, computes, strict=True)):
+        by_etp = [
+            [sizes[ep][etp][g][mesh.ep_rank] for ep in range(mesh.ep)] for etp in range(mesh.etp)
+        ]
+        receive, gathered = by_etp[mesh.etp_rank], [sum(arriving) for arriving in by_etp]
+        legs.append(make_leg(mesh, send, receive, gathered, compute, partial(parts.room, g)))
+    return legs, parts
+
+
+def _compute(segments: Tensor, counts: Tensor, matrices: list[Tensor], rows: Tensor) -> Tensor:
+    """Apply the experts to rows that lie in segments, by sender and then by expert.
+
+    `segments` is `[senders, experts]`, `counts` its sum `[experts]`.
+    """
+    outputs = grouped_swiglu(transpose_segments(rows, segments), counts, *matrices)
+    return transpose_segments(outputs, segments.t())
 
 
 def _dispatch_buffers(
+    experts: Experts,
     mesh: Mesh,
     num_groups: int,
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
-    matrices: list[Tensor],
     most_rows: int,
 ) -> Tensor:
     """Every rank sends `most_rows` rows to every expert, zeros where it has fewer.
 
     The groups are ranges of an expert's rows.
     """
-    num_experts = mesh.ep * matrices[0].shape[0]
+    num_experts, matrices = experts.w1.shape[0], _local_matrices(experts)
     order = permutation(chosen, num_experts)
     buffers = _fill_buffers(permute(x, order), order, most_rows)
-    legs, parts = [], []
+    legs, rows = [], []
     for part in buffers.tensor_split(min(num_groups, most_rows), dim=1):
         share = part.shape[0] * part.shape[1] // mesh.ep
         shares = [share] * mesh.ep
         compute = partial(_compute_buffers, part.shape[1], matrices)
-        legs.append(make_leg(mesh, shares, shares, [share * mesh.ep] * mesh.etp, compute))
-        parts.append(part.flatten(0, 1))
-    outputs = _travel(parts, legs, mesh)
-    filled = torch.cat([part.unflatten(0, (num_experts, -1)) for part in outputs], dim=1)
-    return unpermute(_read_buffers(filled, order), weights, order)
+        leg = make_leg(mesh, shares, shares, [share * mesh.ep] * mesh.etp, compute)
+        legs.append(leg)
+        rows.append(leg.there.start(part.flatten(0, 1)))
+    returning = zip(legs, _travel(rows, legs, mesh), strict=True)
+    filled = [leg.back.wait(part).unflatten(0, (num_experts, -1)) for leg, part in returning]
+    outputs = filled[0] if len(filled) == 1 else torch.cat(filled, dim=1)
+    return unpermute(_read_buffers(outputs, order), weights, order)
 
 
 def _compute_buffers(size: int, matrices: list[Tensor], rows: Tensor) -> Tensor:
@@ -257,3 +289,7 @@ def _read_buffers(buffers: Tensor, order: Permutation) -> Tensor:
     expert = torch.searchsorted(ends, row, right=True).clamp(max=num_experts - 1)
     source = expert * size + row - (ends - order.counts)[expert]
     return buffers.flatten(0, 1).index_select(0, source.clamp(max=num_experts * size - 1))
+
+
+# torch 2.13 has a new name for it, and warns of the old one.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

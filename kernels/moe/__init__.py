@@ -1,7 +1,13 @@
 """Mixture-of-experts ops: routing, capacity, order by expert, and the expert products."""
 
 from fulmen.kernels.moe.experts import grouped_swiglu
-from fulmen.kernels.moe.permute import Permutation, permutation, permute, unpermute
+from fulmen.kernels.moe.permute import (
+    Permutation,
+    permutation,
+    permute,
+    transpose_segments,
+    unpermute,
+)
 from fulmen.kernels.moe.router import Routing, drop_over_capacity, route
 
 __all__ = [
@@ -12,5 +18,6 @@ __all__ = [
     "permutation",
     "permute",
     "route",
+    "transpose_segments",
     "unpermute",
 ]

@@ -9,6 +9,7 @@ from fulmen.kernels.common import NEEDS_CUDA, why_not_triton
 from fulmen.kernels.moe.reference import (
     reference_permutation,
     reference_permute,
+    reference_transpose_segments,
     reference_unpermute,
 )
 from fulmen.kernels.registry import choose
@@ -82,6 +83,29 @@ def unpermute(rows: Tensor, weights: Tensor | None, order: Permutation) -> Tenso
 
         return triton_unpermute(rows, weights, order.destinations, order.num_kept)
     return reference_unpermute(rows, weights, order.destinations, order.num_kept)
+
+
+def transpose_segments(x: Tensor, sizes: Tensor) -> Tensor:
+    """Rows sorted by an outer and then an inner key, sorted by the inner and then the outer one.
+
+    Rows of a segment keep their order. With `sizes.t()` this is its own reverse, and its gradient.
+
+    Args:
+        x: `[rows, hidden_size]`; rows behind the last segment stay where they are.
+        sizes: `[outer, inner]` int64 rows of each segment. The host does not learn them.
+    """
+    if x.dim() != 2 or sizes.dim() != 2 or sizes.dtype != torch.int64:
+        raise ValueError(
+            "transpose_segments: x must be [rows, hidden_size] and sizes [outer, inner] int64, got "
+            f"{tuple(x.shape)}, {tuple(sizes.shape)} {sizes.dtype}"
+        )
+    if min(sizes.shape) == 1:
+        return x  # one key does not sort at all
+    if choose("permute", ("triton", _why_not_rows(x)), ("torch", "")) == "triton":
+        from fulmen.kernels.moe.triton_segments import triton_transpose_segments
+
+        return triton_transpose_segments(x, sizes)
+    return reference_transpose_segments(x, sizes)
 
 
 def _why_not_rows(x: Tensor) -> str:

@@ -50,6 +50,17 @@ def reference_unpermute(
     return parts.sum(1).to(rows.dtype)
 
 
+def reference_transpose_segments(x: Tensor, sizes: Tensor) -> Tensor:
+    by_outer, by_inner = sizes.flatten(), sizes.t().flatten()
+    starts = (by_outer.cumsum(0) - by_outer).view(sizes.shape).t().flatten()
+    ends = by_inner.cumsum(0)
+    row = torch.arange(x.shape[0], device=x.device)
+    segment = torch.searchsorted(ends, row, right=True)
+    last = sizes.numel() - 1
+    moved = row + (starts - ends + by_inner)[segment.clamp(max=last)]
+    return x.index_select(0, torch.where(segment <= last, moved, row))
+
+
 def reference_grouped_swiglu(
     x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 ) -> Tensor:

@@ -14,6 +14,7 @@ from fulmen.kernels.moe import (
     permutation,
     permute,
     route,
+    transpose_segments,
     unpermute,
 )
 
@@ -132,6 +133,38 @@ def test_permutation_is_a_stable_sort(tokens: int, k: int, num_experts: int) -> 
     assert [by_expert[row] for row in order.destinations.flatten()] == list(range(tokens * k))
     assert order.counts.tolist() == [flat.count(expert) for expert in range(num_experts)]
     assert order.num_kept.tolist() == [sum(expert < num_experts for expert in flat)]
+
+
+@pytest.mark.fast
+@settings(deadline=None, max_examples=60, database=None)
+@given(data=st.data())
+def test_transposed_segments_are_sorted_by_the_other_key(data: st.DataObject) -> None:
+    outer, inner = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    row_sizes = st.lists(st.integers(0, 3), min_size=inner, max_size=inner)
+    sizes = data.draw(st.lists(row_sizes, min_size=outer, max_size=outer))
+    keys = [(b, a) for a in range(outer) for b in range(inner) for _ in range(sizes[a][b])]
+    rest = data.draw(st.integers(0, 2))
+    x = torch.arange(2.0 * (len(keys) + rest), dtype=torch.float64).view(-1, 2).requires_grad_()
+    table = torch.tensor(sizes)
+    got = transpose_segments(x, table)
+    by_inner = sorted(range(len(keys)), key=lambda row: keys[row])
+    order = [*by_inner, *range(len(keys), len(keys) + rest)]
+    assert torch.equal(got, x[torch.tensor(order, dtype=torch.int64)])
+    assert torch.equal(transpose_segments(got, table.t()), x)
+    if len(order):
+        (gradient,) = torch.autograd.grad((got * got.detach()).sum(), x)
+        assert torch.equal(gradient, x)
+
+
+@pytest.mark.fast
+def test_transpose_segments_names_what_is_wrong() -> None:
+    for x, sizes in (
+        (torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64)),
+        (torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(3, 4), torch.zeros(2, 2)),
+    ):
+        with pytest.raises(ValueError, match=r"transpose_segments: x must be \[rows, hidden"):
+            transpose_segments(x, sizes)
 
 
 @pytest.mark.fast

@@ -26,6 +26,7 @@ from fulmen.kernels.moe import (
     permutation,
     permute,
     route,
+    transpose_segments,
     unpermute,
 )
 from fulmen.kernels.moe.reference import (
@@ -33,6 +34,7 @@ from fulmen.kernels.moe.reference import (
     reference_permutation,
     reference_permute,
     reference_route,
+    reference_transpose_segments,
     reference_unpermute,
 )
 from fulmen.kernels.moe.triton_experts import (
@@ -47,6 +49,7 @@ from fulmen.kernels.moe.triton_permute import (
     triton_unpermute_backward,
 )
 from fulmen.kernels.moe.triton_router import _route, _route_backward, triton_route
+from fulmen.kernels.moe.triton_segments import triton_transpose_segments
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}
 """Largest error over largest value. bf16: the interpreter truncates where the GPU rounds."""
@@ -250,6 +253,47 @@ def test_no_tokens() -> None:
     probabilities.sum().backward()
 
 
+@on_kernels
+@BOTH
+@pytest.mark.parametrize(
+    ("sizes", "rest", "hidden"),
+    [
+        ([[3, 0, 2], [1, 4, 0]], 0, 24),
+        ([[0, 0], [0, 7], [0, 0]], 3, 8),
+        ([[0, 0], [0, 0]], 2, 16),
+        ([[5], [9]], 0, 40),
+        ([[2, 0, 1, 1, 6], [0, 0, 0, 0, 0], [1, 2, 3, 4, 5]], 1, 520),
+        ([[1] * 30] * 20, 0, 8),
+    ],
+)
+def test_transpose_segments(
+    sizes: list[list[int]], rest: int, hidden: int, dtype: torch.dtype
+) -> None:
+    table = torch.tensor(sizes, device=DEVICE)
+    x = random(int(table.sum()) + rest, hidden, dtype=dtype).requires_grad_()
+    wanted_x = exact(x)
+    want = reference_transpose_segments(wanted_x, table.cpu())
+    strided = torch.stack([table, table + 1])[:, None].transpose(0, 2)[:, 0, 0]
+    assert torch.equal(strided, table)
+    for given in (table, table.t().contiguous().t(), strided):
+        got = triton_transpose_segments(x, given)
+        assert got.dtype == dtype
+        assert torch.equal(got.detach().cpu().double(), want.detach())
+        compare_gradients(got, want, [x], [wanted_x])
+    assert torch.equal(triton_transpose_segments(got, table.t()), x)
+
+
+@on_kernels
+def test_transpose_segments_takes_any_layout() -> None:
+    table = torch.tensor([[1, 2], [2, 0]], device=DEVICE)
+    x = random(8, 5).t().requires_grad_()
+    rows = triton_transpose_segments(x, table)
+    assert torch.equal(rows, triton_transpose_segments(x.contiguous(), table))
+    (gradient,) = torch.autograd.grad(rows.sum(), x)  # it arrives expanded
+    assert torch.equal(gradient, torch.ones_like(x))
+    assert triton_transpose_segments(x[:0], torch.zeros_like(table)).shape == (0, 8)
+
+
 # The experts.
 
 
@@ -335,6 +379,8 @@ def layer(x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:
     routing = drop_over_capacity(routing, 4, x.shape[0] // 2)
     order = permutation(routing.experts, 4)
     rows = grouped_swiglu(permute(x, order), order.counts, *weights)
+    rows = transpose_segments(rows, order.counts.view(2, 2))
+    rows = transpose_segments(rows, order.counts.view(2, 2).t())  # and back
     return unpermute(rows, routing.weights, order)
 
 
@@ -419,6 +465,7 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     order = triton_permutation(experts, 4)[::2]
     x = random(5, 16).requires_grad_()
     check(triton_permute, (x, *order))
+    check(triton_transpose_segments, (x, torch.tensor([[1, 2], [0, 2]], device=DEVICE)))
     rows = random(10, 16).requires_grad_()
     check(triton_unpermute, (rows, weights.requires_grad_(), *order))
     with torch.no_grad():
@@ -480,12 +527,19 @@ def test_compiles_for_hopper(
         torch.zeros(32, *shape, dtype=dtype) for shape in ((96, 6144), (96, 6144), (6144, 96))
     ]
     y = fused_grouped_swiglu(rows, counts, *(w.requires_grad_() for w in leaves), "triton")
+    y = triton_transpose_segments(y, torch.zeros(8, 4, dtype=torch.int64))
     (triton_unpermute(y, weights, *order).sum() + probabilities.sum()).backward()
     kernels = dict(compiled_for_hopper)
-    assert len(kernels) == 12
+    assert len(kernels) == 13
     for name, kernel in kernels.items():
         assert kernel.metadata.shared <= 99 * 1024, name
-    for name in ("permute_kernel", "unpermute_kernel", "unpermute_backward_kernel", "add_kernel"):
+    for name in (
+        "permute_kernel",
+        "unpermute_kernel",
+        "unpermute_backward_kernel",
+        "transpose_segments_kernel",
+        "add_kernel",
+    ):
         assert "st.global.v4.b32" in kernels[name].asm["ptx"], name
     for name in ("multiply_kernel", "outer_kernel"):
         assert ("wgmma.mma_async" in kernels[name].asm["ptx"]) == (dtype == torch.bfloat16), name
