@@ -14,10 +14,9 @@ has to itself, every rank sends buffers of that size, and the host waits for not
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -31,6 +30,7 @@ from fulmen.kernels.moe import (
 )
 from fulmen.models.moe import Experts
 from fulmen.parallel.all_to_all import AllToAll, Parts, Room
+from fulmen.parallel.collectives import all_gather
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.progress import exchange
 from fulmen.parallel.seams import fill_seam
@@ -177,7 +177,7 @@ def _exchange_counts(counts: Tensor, mesh: Mesh) -> tuple[Tensor, Callable[[], T
     """
     table = counts.new_empty(mesh.ep * mesh.etp * counts.shape[0], counts.shape[1])
     with exchange("counts of rows for experts", mesh.expert_group):
-        _all_gather(table, counts, group=mesh.expert_group)
+        all_gather(table, counts, group=mesh.expert_group)
     table = table.view(mesh.ep, mesh.etp, *counts.shape)
     if not table.is_cuda:
         return table, lambda: table
@@ -289,7 +289,3 @@ def _read_buffers(buffers: Tensor, order: Permutation) -> Tensor:
     expert = torch.searchsorted(ends, row, right=True).clamp(max=num_experts - 1)
     source = expert * size + row - (ends - order.counts)[expert]
     return buffers.flatten(0, 1).index_select(0, source.clamp(max=num_experts * size - 1))
-
-
-# torch 2.13 has a new name for it, and warns of the old one.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
