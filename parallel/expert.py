@@ -6,7 +6,8 @@ over `etp` ranks. Of one group of tokens:
     all-to-all over ep -> gather over etp -> experts -> reduce over etp -> all-to-all over ep
 
 A rank's tokens go in `parallel.expert_token_groups` groups: the all-to-alls of the others run while
-the experts compute one. Without a capacity the rows sent are those there are; the host learns their
+the experts compute one. The gradients of one also travel back beside the products for the gradients
+of the weights. Without a capacity the rows sent are those there are; the host learns their
 numbers by one exchange of counts, and waits for it once a layer. With a capacity that each rank
 has to itself, every rank sends buffers of that size, and the host waits for nothing.
 """

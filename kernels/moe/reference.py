@@ -1,6 +1,7 @@
 """The mixture-of-experts ops in plain torch; nothing here but the experts waits for a device."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fulmen.kernels.common import accumulation_dtype
@@ -96,11 +97,11 @@ def reference_rows_backward(
     """Gradient of x, and what `reference_weights_backward` takes."""
     accumulate = accumulation_dtype(x)
     d_inner, g, u = (part.to(accumulate) for part in (_multiply(dy, w2, counts), gate, up))
-    sigmoid = torch.sigmoid(g)
-    d_gate = (d_inner * u * sigmoid * (1 + g * (1 - sigmoid))).to(x.dtype)
-    d_up = (d_inner * g * sigmoid).to(x.dtype)
+    silu = F.silu(g)
+    d_gate = torch.ops.aten.silu_backward(d_inner * u, g).to(x.dtype)
+    d_up = (d_inner * silu).to(x.dtype)
     dx = _multiply(d_gate, w1, counts) + _multiply(d_up, w3, counts)
-    return dx, (dy, x, d_gate, d_up, (g * sigmoid * u).to(x.dtype), counts)
+    return dx, (dy, x, d_gate, d_up, (silu * u).to(x.dtype), counts)
 
 
 def reference_weights_backward(

@@ -27,6 +27,7 @@ from fulmen.kernels.moe import (
     permute,
     route,
     transpose_segments,
+    triton_experts,
     unpermute,
     with_late_gradients,
 )
@@ -43,6 +44,7 @@ from fulmen.kernels.moe.triton_experts import (
     _grouped_swiglu,
     _grouped_swiglu_backward,
     fused_grouped_swiglu,
+    weights_backward,
 )
 from fulmen.kernels.moe.triton_permute import (
     triton_permutation,
@@ -374,6 +376,26 @@ def test_experts_on_grouped_mm(counts: list[int], rows: int, late: bool) -> None
     if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs Hopper")
     compare_experts("grouped_mm", counts, rows, 32, 24, torch.bfloat16, late)
+
+
+@on_kernels
+def test_late_gradients_are_computed_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too: a node whose gradients are all None would run in another thread."""
+    log = []
+
+    def logged(*arguments: Any, implementation: str) -> Any:
+        log.append("weights")
+        return weights_backward(*arguments, implementation)
+
+    monkeypatch.setattr(triton_experts, "weights_backward", logged)
+    (x, *weights), counts = make_experts([3, 0, 5], 8, 16, 24, torch.float32)
+    before = x.view_as(x)
+    before.register_hook(lambda _: log.append("before"))
+    *matrices, late = with_late_gradients(*weights)
+    after = before.view_as(x)
+    after.register_hook(lambda _: log.append("after"))
+    late_grouped_swiglu(after, counts, *matrices, "triton", late).sum().backward()
+    assert log == ["after", "weights", "before"]
 
 
 @on_kernels
