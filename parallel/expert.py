@@ -6,7 +6,8 @@ over `etp` ranks. Of one group of tokens:
     all-to-all over ep -> gather over etp -> experts -> reduce over etp -> all-to-all over ep
 
 A rank's tokens go in `parallel.expert_token_groups` groups: the all-to-alls of the others run while
-the experts compute one. Without a capacity the rows sent are those there are; the host learns their
+the experts compute one. The gradients of one also travel back beside the products for the gradients
+of the weights. Without a capacity the rows sent are those there are; the host learns their
 numbers by one exchange of counts, and waits for it once a layer. With a capacity that each rank
 has to itself, every rank sends buffers of that size, and the host waits for nothing.
 """
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from fulmen.kernels.moe import (
+    LateGradients,
     Permutation,
     grouped_swiglu,
     permutation,
     permute,
     transpose_segments,
     unpermute,
+    with_late_gradients,
 )
 from fulmen.models.moe import Experts
 from fulmen.parallel.all_to_all import AllToAll, Parts, Room
@@ -34,6 +37,10 @@ from fulmen.parallel.collectives import all_gather
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.progress import exchange
 from fulmen.parallel.seams import fill_seam
+
+Weights = tuple[Tensor, Tensor, Tensor, LateGradients]
+"""This rank's slice of its experts, for one group of rows."""
+Compute = Callable[[Tensor, Weights], Tensor]
 
 WIDTH_DIM = {"w1": 1, "w3": 1, "w2": 2}
 """Dim of an expert's inner width, which `etp` splits; the experts are dim 0."""
@@ -69,8 +76,8 @@ class Leg:
     gather: AllToAll
     reduce: AllToAll
     back: AllToAll
-    compute: Callable[[Tensor], Tensor]
-    """This rank's slice of its experts, on the gathered rows."""
+    compute: Compute
+    """The experts on the gathered rows."""
 
 
 def make_leg(
@@ -78,7 +85,7 @@ def make_leg(
     send: list[int],
     receive: list[int],
     gathered: list[int],
-    compute: Callable[[Tensor], Tensor],
+    compute: Compute,
     room: Room | None = None,
 ) -> Leg:
     """`send` and `receive` are by rank of ep, `gathered` by rank of etp; `room` as in `Parts`."""
@@ -112,12 +119,12 @@ def dispatch(
     counts = segments.sum(1)
     matrices = _local_matrices(experts)
     computes = [
-        partial(_compute, *of_group, matrices)
+        partial(_compute, *of_group)
         for of_group in zip(segments.unbind(), counts.unbind(), strict=True)
     ]
     legs, parts = _plan_legs(on_host(), mesh, computes, rows.shape[0])
     arriving = parts.start(rows, [leg.there for leg in legs])
-    outputs = parts.wait(_travel(arriving, legs, mesh), [leg.back for leg in legs])
+    outputs = parts.wait(_travel(arriving, legs, mesh, matrices), [leg.back for leg in legs])
     return unpermute(outputs, weights, order)
 
 
@@ -135,15 +142,20 @@ def _local_matrices(experts: Experts) -> list[Tensor]:
     return [cast(DTensor, w).to_local() for w in (experts.w1, experts.w3, experts.w2)]
 
 
-def _travel(rows: list[Tensor], legs: list[Leg], mesh: Mesh) -> list[Tensor]:
+def _travel(
+    rows: list[Tensor], legs: list[Leg], mesh: Mesh, matrices: list[Tensor]
+) -> list[Tensor]:
     """Rows to their experts and back, each group's exchanges beside the work on the others.
 
     `rows` are under way, and so are those returned. A wait also holds up what is issued behind it:
     the next group is waited for before the work on this one where it has yet to be gathered, and
-    after it otherwise.
+    after it otherwise. Backward, the way of a group's gradients back to their ranks is also beside
+    the products for the gradients of the weights, which stand between its two halves.
     """
+    weights: dict[int, Weights] = {}
 
     def gather(g: int) -> None:
+        weights[g] = with_late_gradients(*matrices)
         arrived = legs[g].there.wait(rows[g])
         if mesh.etp > 1:
             arrived = arrived.expand(mesh.etp, -1, -1).flatten(0, 1)
@@ -158,7 +170,8 @@ def _travel(rows: list[Tensor], legs: list[Leg], mesh: Mesh) -> list[Tensor]:
         if 0 <= g + ahead < len(legs):
             gather(g + ahead)
         if 0 <= g < len(legs):
-            rows[g] = legs[g].reduce.start(legs[g].compute(legs[g].gather.wait(rows[g])))
+            results = legs[g].compute(legs[g].gather.wait(rows[g]), weights.pop(g))
+            rows[g] = legs[g].reduce.start(results)
         if 0 <= g - ahead < len(legs):
             send_back(g - ahead)
     return rows
@@ -203,7 +216,7 @@ def _arriving_segments(table: Tensor, mesh: Mesh) -> Tensor:
 
 
 def _plan_legs(
-    numbers: Tensor, mesh: Mesh, computes: Sequence[Callable[[Tensor], Tensor]], num_rows: int
+    numbers: Tensor, mesh: Mesh, computes: Sequence[Compute], num_rows: int
 ) -> tuple[list[Leg], Parts]:
     """The way of each group, and its part of this rank's rows; `numbers` lie on the host."""
     # [ep, etp, groups, ep]: from a rank to a rank of ep.
@@ -220,12 +233,12 @@ def _plan_legs(
     return legs, parts
 
 
-def _compute(segments: Tensor, counts: Tensor, matrices: list[Tensor], rows: Tensor) -> Tensor:
+def _compute(segments: Tensor, counts: Tensor, rows: Tensor, weights: Weights) -> Tensor:
     """Apply the experts to rows that lie in segments, by sender and then by expert.
 
     `segments` is `[senders, experts]`, `counts` its sum `[experts]`.
     """
-    outputs = grouped_swiglu(transpose_segments(rows, segments), counts, *matrices)
+    outputs = grouped_swiglu(transpose_segments(rows, segments), counts, *weights)
     return transpose_segments(outputs, segments.t())
 
 
@@ -249,25 +262,25 @@ def _dispatch_buffers(
     for part in buffers.tensor_split(min(num_groups, most_rows), dim=1):
         share = part.shape[0] * part.shape[1] // mesh.ep
         shares = [share] * mesh.ep
-        compute = partial(_compute_buffers, part.shape[1], matrices)
+        compute = partial(_compute_buffers, part.shape[1])
         leg = make_leg(mesh, shares, shares, [share * mesh.ep] * mesh.etp, compute)
         legs.append(leg)
         rows.append(leg.there.start(part.flatten(0, 1)))
-    returning = zip(legs, _travel(rows, legs, mesh), strict=True)
+    returning = zip(legs, _travel(rows, legs, mesh, matrices), strict=True)
     filled = [leg.back.wait(part).unflatten(0, (num_experts, -1)) for leg, part in returning]
     outputs = filled[0] if len(filled) == 1 else torch.cat(filled, dim=1)
     return unpermute(_read_buffers(outputs, order), weights, order)
 
 
-def _compute_buffers(size: int, matrices: list[Tensor], rows: Tensor) -> Tensor:
+def _compute_buffers(size: int, rows: Tensor, weights: Weights) -> Tensor:
     """Apply the experts to `[senders * experts * size, hidden_size]`."""
-    num_local = matrices[0].shape[0]
+    num_local = weights[0].shape[0]
     by_expert = rows.reshape(-1, num_local, size, rows.shape[1]).transpose(0, 1)
     sorted_rows = by_expert.reshape(-1, rows.shape[1])
     # Zeros are computed too: an expert without a bias makes zeros of them, and no gradient.
     per_expert = sorted_rows.shape[0] // num_local
     counts = torch.full((num_local,), per_expert, dtype=torch.int64, device=rows.device)
-    outputs = grouped_swiglu(sorted_rows, counts, *matrices)
+    outputs = grouped_swiglu(sorted_rows, counts, *weights)
     return outputs.view(by_expert.shape).transpose(0, 1).reshape(rows.shape)
 
 

@@ -1,6 +1,7 @@
 """Mixture-of-experts ops: routing, capacity, order by expert, and the expert products."""
 
 from fulmen.kernels.moe.experts import grouped_swiglu
+from fulmen.kernels.moe.late_gradients import LateGradients, with_late_gradients
 from fulmen.kernels.moe.permute import (
     Permutation,
     permutation,
@@ -11,6 +12,7 @@ from fulmen.kernels.moe.permute import (
 from fulmen.kernels.moe.router import Routing, drop_over_capacity, route
 
 __all__ = [
+    "LateGradients",
     "Permutation",
     "Routing",
     "drop_over_capacity",
@@ -20,4 +22,5 @@ __all__ = [
     "route",
     "transpose_segments",
     "unpermute",
+    "with_late_gradients",
 ]

@@ -4,11 +4,19 @@ import torch
 from torch import Tensor
 
 from fulmen.kernels.common import NEEDS_CUDA, why_not_triton
+from fulmen.kernels.moe.late_gradients import LateGradients, late_grouped_swiglu
 from fulmen.kernels.moe.reference import reference_grouped_swiglu
 from fulmen.kernels.registry import choose
 
 
-def grouped_swiglu(x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+def grouped_swiglu(
+    x: Tensor,
+    counts: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    late: LateGradients | None = None,
+) -> Tensor:
     """Apply expert e's `w2 (silu(w1 x) * w3 x)` to its rows.
 
     Args:
@@ -17,6 +25,7 @@ def grouped_swiglu(x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
             get 0.
         w1, w3: `[num_experts, expert_hidden_size, hidden_size]`.
         w2: `[num_experts, hidden_size, expert_hidden_size]`.
+        late: where the matrices are those of `with_late_gradients`, what came with them.
     """
     num_experts, inner, hidden = w1.shape
     fits = w1.shape == w3.shape and w2.shape == (num_experts, hidden, inner)
@@ -37,6 +46,8 @@ def grouped_swiglu(x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
         ("triton", why_not_triton(x)),
         ("torch", ""),
     )
+    if late is not None:
+        return late_grouped_swiglu(x, counts, w1, w3, w2, implementation, late)
     if implementation == "torch":
         return reference_grouped_swiglu(x, counts, w1, w3, w2)
     from fulmen.kernels.moe.triton_experts import fused_grouped_swiglu

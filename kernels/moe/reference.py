@@ -1,6 +1,7 @@
 """The mixture-of-experts ops in plain torch; nothing here but the experts waits for a device."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fulmen.kernels.common import accumulation_dtype
@@ -73,6 +74,62 @@ def reference_grouped_swiglu(
         for part, a, b, c in zip(parts, w1.unbind(), w3.unbind(), w2.unbind(), strict=True)
     ]
     return torch.cat([*outputs, rest.new_zeros(rest.shape[0], w2.shape[1])])
+
+
+def reference_experts(
+    x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference_grouped_swiglu`, and for a backward pass by hand the rows of gate and up."""
+    gate, up = (_multiply(x, w.transpose(1, 2), counts) for w in (w1, w3))
+    return _multiply(swiglu(gate, up), w2.transpose(1, 2), counts), gate, up
+
+
+def reference_rows_backward(
+    dy: Tensor,
+    x: Tensor,
+    counts: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    gate: Tensor,
+    up: Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Gradient of x, and what `reference_weights_backward` takes."""
+    accumulate = accumulation_dtype(x)
+    d_inner, g, u = (part.to(accumulate) for part in (_multiply(dy, w2, counts), gate, up))
+    silu = F.silu(g)
+    d_gate = torch.ops.aten.silu_backward(d_inner * u, g).to(x.dtype)
+    d_up = (d_inner * silu).to(x.dtype)
+    dx = _multiply(d_gate, w1, counts) + _multiply(d_up, w3, counts)
+    return dx, (dy, x, d_gate, d_up, (silu * u).to(x.dtype), counts)
+
+
+def reference_weights_backward(
+    dy: Tensor, x: Tensor, d_gate: Tensor, d_up: Tensor, inner: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of w1, w3 and w2."""
+    return _outer(d_gate, x, counts), _outer(d_up, x, counts), _outer(dy, inner, counts)
+
+
+def _multiply(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """`x_r @ matrices_e` for each row r of expert e, 0 behind the last."""
+    out = x.new_zeros(x.shape[0], matrices.shape[2])
+    for rows, matrix, target in zip(
+        _by_expert(x, counts), matrices, _by_expert(out, counts), strict=True
+    ):
+        torch.mm(rows, matrix, out=target)
+    return out
+
+
+def _outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    """For each expert the sum of `a_r^T b_r` over its rows."""
+    parts = zip(_by_expert(a, counts), _by_expert(b, counts), strict=True)
+    return torch.stack([rows.t() @ others for rows, others in parts])
+
+
+def _by_expert(x: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    sizes = counts.tolist()
+    return x[: sum(sizes)].split(sizes)
 
 
 def _count(experts: Tensor, num_experts: int) -> Tensor:

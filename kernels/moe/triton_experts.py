@@ -94,6 +94,8 @@ def _multiply(x: Tensor, matrices: Tensor, ends: Tensor, implementation: str) ->
 
 def _outer(a: Tensor, b: Tensor, ends: Tensor, implementation: str) -> Tensor:
     """For each expert the sum of `a_r^T b_r` over its rows."""
+    if not a.shape[0]:
+        return a.new_zeros(ends.shape[0], a.shape[1], b.shape[1])
     if implementation == "grouped_mm":
         return torch._grouped_mm(a.t(), b, offs=ends)
     return triton_grouped_gemm.outer(a, b, ends)
@@ -124,6 +126,45 @@ def _(
     return x.new_empty(x.shape), gate, up
 
 
+def rows_backward(
+    dy: Tensor,
+    x: Tensor,
+    counts: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    implementation: str,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Gradient of x, and what `weights_backward` takes."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    dy, x, w1, w3, w2 = (tensor.contiguous() for tensor in (dy, x, w1, w3, w2))
+    if not x.shape[0]:
+        return x.new_empty(x.shape), (dy, x, gate, up, gate, ends)
+    inner = _multiply(dy, w2, ends, implementation)  # its gradient, until the kernel has run
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    _run(swiglu_backward_kernel, ends, inner, gate, up, d_gate, d_up)
+    dx = _multiply(d_gate, w1, ends, implementation)
+    _run(add_kernel, ends, dx, _multiply(d_up, w3, ends, implementation))
+    return dx, (dy, x, d_gate, d_up, inner, ends)
+
+
+def weights_backward(
+    dy: Tensor,
+    x: Tensor,
+    d_gate: Tensor,
+    d_up: Tensor,
+    inner: Tensor,
+    ends: Tensor,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of w1, w3 and w2."""
+    dw2 = _outer(dy, inner, ends, implementation)
+    dw1 = _outer(d_gate, x, ends, implementation)
+    return dw1, _outer(d_up, x, ends, implementation), dw2
+
+
 @torch.library.custom_op("fulmen::grouped_swiglu_backward", mutates_args=())
 def _grouped_swiglu_backward(
     dy: Tensor,
@@ -137,19 +178,8 @@ def _grouped_swiglu_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, w3 and w2."""
-    if not x.shape[0]:
-        dw1, dw3, dw2 = (w.new_zeros(w.shape) for w in (w1, w3, w2))
-        return x.new_empty(x.shape), dw1, dw3, dw2
-    dy, x, w1, w3, w2 = (tensor.contiguous() for tensor in (dy, x, w1, w3, w2))
-    ends = counts.cumsum(0, dtype=torch.int32)
-    d_inner = _multiply(dy, w2, ends, implementation)
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    _run(swiglu_backward_kernel, ends, d_inner, gate, up, d_gate, d_up)
-    dw2 = _outer(dy, d_inner, ends, implementation)
-    dx = _multiply(d_gate, w1, ends, implementation)
-    _run(add_kernel, ends, dx, _multiply(d_up, w3, ends, implementation))
-    dw1 = _outer(d_gate, x, ends, implementation)
-    return dx, dw1, _outer(d_up, x, ends, implementation), dw2
+    dx, rest = rows_backward(dy, x, counts, w1, w3, w2, gate, up, implementation)
+    return dx, *weights_backward(*rest, implementation)
 
 
 @_grouped_swiglu_backward.register_fake
@@ -195,4 +225,12 @@ def fused_grouped_swiglu(
     Args:
         implementation: `triton` or `grouped_mm`.
     """
-    return _grouped_swiglu(x, counts, w1, w3, w2, implementation)[0]
+    return fused_experts(x, counts, w1, w3, w2, implementation)[0]
+
+
+def fused_experts(
+    x: Tensor, counts: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, implementation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, and for a backward pass by hand the rows of gate and up."""
+    outputs: tuple[Tensor, Tensor, Tensor] = _grouped_swiglu(x, counts, w1, w3, w2, implementation)
+    return outputs

@@ -1,5 +1,7 @@
 """Routing, the capacity limit and the expert products against loops."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,13 @@ from fulmen.kernels.moe import (
     Routing,
     drop_over_capacity,
     grouped_swiglu,
+    late_gradients,
     permutation,
     permute,
     route,
     transpose_segments,
     unpermute,
+    with_late_gradients,
 )
 
 
@@ -252,6 +256,48 @@ def test_grouped_swiglu_equals_a_loop(counts: list[int]) -> None:
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert (mine[0][sum(counts) :] == 0).all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("counts", [[3, 4, 5], [0, 12, 0], [2, 0, 3], [0, 0, 0]])
+def test_late_gradients_are_the_same(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    log = []
+    weights_backward = late_gradients.reference_weights_backward
+
+    def logged(*arguments: Any) -> Any:
+        log.append("weights")
+        return weights_backward(*arguments)
+
+    monkeypatch.setattr(late_gradients, "reference_weights_backward", logged)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(12, 4), (3, 7, 4), (3, 7, 4), (3, 4, 7)]
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    leaves[0][sum(counts) :] = float("nan")
+    x, *weights = [leaf.requires_grad_() for leaf in leaves]
+    projection = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    want = grouped_swiglu(x, torch.tensor(counts), *weights)
+    theirs = torch.autograd.grad((want * projection).sum(), leaves)
+
+    before = x.view_as(x)
+    before.register_hook(lambda _: log.append("before"))
+    late = with_late_gradients(*weights)
+    after = before.view_as(x)
+    after.register_hook(lambda _: log.append("after"))
+    got = grouped_swiglu(after, torch.tensor(counts), *late)
+    mine = torch.autograd.grad((got * projection).sum(), leaves)
+    assert log == ["after", "weights", "before"]
+    for a, b in zip((got, *mine), (want, *theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.fast
+def test_late_gradients_of_frozen_weights_are_not_computed() -> None:
+    x, weights = torch.randn(6, 4).requires_grad_(), [torch.randn(2, 7, 4), torch.randn(2, 7, 4)]
+    *matrices, late = with_late_gradients(*weights, torch.randn(2, 4, 7))
+    grouped_swiglu(x, torch.tensor([3, 3]), *matrices, late).sum().backward()
+    assert late.compute is None
+    assert x.grad is not None
+    assert x.grad.abs().min() > 0
 
 
 @pytest.mark.fast

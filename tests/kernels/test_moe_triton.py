@@ -27,8 +27,11 @@ from fulmen.kernels.moe import (
     permute,
     route,
     transpose_segments,
+    triton_experts,
     unpermute,
+    with_late_gradients,
 )
+from fulmen.kernels.moe.late_gradients import late_grouped_swiglu
 from fulmen.kernels.moe.reference import (
     reference_grouped_swiglu,
     reference_permutation,
@@ -41,6 +44,7 @@ from fulmen.kernels.moe.triton_experts import (
     _grouped_swiglu,
     _grouped_swiglu_backward,
     fused_grouped_swiglu,
+    weights_backward,
 )
 from fulmen.kernels.moe.triton_permute import (
     triton_permutation,
@@ -241,11 +245,15 @@ def test_no_tokens() -> None:
     weights = random(0, 2).requires_grad_()
     rows = triton_permute(x, destinations, num_kept)
     leaves = [random(2, *shape).requires_grad_() for shape in ((24, 16), (24, 16), (16, 24))]
-    y = fused_grouped_swiglu(rows, counts[:2], *leaves, "triton")
-    out = triton_unpermute(y, weights, destinations, num_kept)
-    assert out.shape == (0, 16)
-    gradients = torch.autograd.grad(out.sum(), [x, weights, *leaves])
-    assert not any(gradient.any() for gradient in gradients)
+    *matrices, late = with_late_gradients(*leaves)
+    for y in (
+        fused_grouped_swiglu(rows, counts[:2], *leaves, "triton"),
+        late_grouped_swiglu(rows, counts[:2], *matrices, "triton", late),
+    ):
+        out = triton_unpermute(y, weights, destinations, num_kept)
+        assert out.shape == (0, 16)
+        gradients = torch.autograd.grad(out.sum(), [x, weights, *leaves], retain_graph=True)
+        assert not any(gradient.any() for gradient in gradients)
     experts, weights, probabilities, counts = triton_route(random(0, 4).requires_grad_(), 2, None)
     assert experts.shape == weights.shape == (0, 2)
     assert probabilities.shape == (0, 4)
@@ -313,10 +321,20 @@ def make_experts(
 
 
 def compare_experts(
-    implementation: str, counts: list[int], rows: int, hidden: int, inner: int, dtype: torch.dtype
+    implementation: str,
+    counts: list[int],
+    rows: int,
+    hidden: int,
+    inner: int,
+    dtype: torch.dtype,
+    late: bool = False,
 ) -> None:
     leaves, device_counts = make_experts(counts, rows, hidden, inner, dtype)
-    got = fused_grouped_swiglu(leaves[0], device_counts, *leaves[1:], implementation)
+    if late:
+        rest = with_late_gradients(*leaves[1:])
+        got = late_grouped_swiglu(leaves[0], device_counts, *rest[:3], implementation, rest[3])
+    else:
+        got = fused_grouped_swiglu(leaves[0], device_counts, *leaves[1:], implementation)
     wanted_leaves = [exact(leaf) for leaf in leaves]
     want = reference_grouped_swiglu(wanted_leaves[0], torch.tensor(counts), *wanted_leaves[1:])
     assert got.dtype == dtype
@@ -340,8 +358,9 @@ def compare_experts(
     ("counts", "rows"),
     [([3, 0, 5], 8), ([0, 2, 1, 0], 7), ([0, 0], 3), ([66, 1], 70), ([1] * 9, 9)],
 )
-def test_experts(counts: list[int], rows: int, dtype: torch.dtype) -> None:
-    compare_experts("triton", counts, rows, 20, 12, dtype)
+@pytest.mark.parametrize("late", [False, True])
+def test_experts(counts: list[int], rows: int, dtype: torch.dtype, late: bool) -> None:
+    compare_experts("triton", counts, rows, 20, 12, dtype, late)
 
 
 @on_kernels
@@ -352,10 +371,31 @@ def test_experts_of_several_tiles(size: int, dtype: torch.dtype) -> None:
 
 @on_kernels
 @pytest.mark.parametrize(("counts", "rows"), [([3, 0, 5], 8), ([4, 0, 0], 7), ([0, 0], 3)])
-def test_experts_on_grouped_mm(counts: list[int], rows: int) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_experts_on_grouped_mm(counts: list[int], rows: int, late: bool) -> None:
     if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs Hopper")
-    compare_experts("grouped_mm", counts, rows, 32, 24, torch.bfloat16)
+    compare_experts("grouped_mm", counts, rows, 32, 24, torch.bfloat16, late)
+
+
+@on_kernels
+def test_late_gradients_are_computed_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too: a node whose gradients are all None would run in another thread."""
+    log = []
+
+    def logged(*arguments: Any, implementation: str) -> Any:
+        log.append("weights")
+        return weights_backward(*arguments, implementation)
+
+    monkeypatch.setattr(triton_experts, "weights_backward", logged)
+    (x, *weights), counts = make_experts([3, 0, 5], 8, 16, 24, torch.float32)
+    before = x.view_as(x)
+    before.register_hook(lambda _: log.append("before"))
+    *matrices, late = with_late_gradients(*weights)
+    after = before.view_as(x)
+    after.register_hook(lambda _: log.append("after"))
+    late_grouped_swiglu(after, counts, *matrices, "triton", late).sum().backward()
+    assert log == ["after", "weights", "before"]
 
 
 @on_kernels

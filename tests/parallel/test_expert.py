@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from support.worlds import run_world
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
-from fulmen.kernels.moe import Routing, drop_over_capacity, route
+from fulmen.kernels.moe import Routing, drop_over_capacity, late_gradients, route
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.moe import Experts, MoE, load_balancing_loss
 from fulmen.parallel import all_to_all, expert, router
@@ -398,12 +399,35 @@ def test_exchanges_run_beside_the_work_on_other_groups() -> None:
             *["there finish 1", "work", f"{back} 1"],
             *["back finish 0", "back finish 1"],
         ]
-        # Backward the same, with the ways exchanged and the last group first.
+        # Backward the same, with the ways exchanged and the last group first, and the products for
+        # the weights behind what sends a group's gradients.
         assert log[log.index("loss") + 1 :] == [
             *[f"{back} 1", f"{back} 0"],
-            *["back finish 1", "work", f"{there} 1"],
-            *["back finish 0", "work", f"{there} 0"],
+            *["back finish 1", "work", f"{there} 1", "weights"],
+            *["back finish 0", "work", f"{there} 0", "weights"],
             *["there finish 0", "there finish 1"],
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [None, 0.9])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_of_one_group_travel_beside_the_products_for_the_weights(
+    factor: float | None, checkpointed: bool
+) -> None:
+    case = Case(2, 1, groups=1, capacity_factor=factor)
+    for log in run_world(order_of_events, 2, case, checkpointed):
+        forward, backward = log[: log.index("loss")], log[log.index("loss") + 1 :]
+        assert forward == [
+            *["there issue 0", "there finish 0", "work"],
+            *["back issue 0", "back finish 0"],
+        ]
+        if checkpointed:
+            assert backward[: len(forward)] == [event.replace("0", "1") for event in forward]
+            backward = backward[len(forward) :]
+        assert backward == [
+            *["back issue 0", "back finish 0", "work"],
+            *["there issue 0", "weights", "there finish 0"],
         ]
 
 
@@ -412,7 +436,7 @@ def test_gathers_run_beside_the_work_on_other_groups() -> None:
     for numbered in run_world(order_of_events, 4, Case(2, 2, groups=3)):
         log = [" ".join(event.split()[:2]) for event in numbered]  # without the groups' numbers
         forward = log[: log.index("loss")]
-        backward = log[log.index("loss") + 1 :]
+        backward = [event for event in log[log.index("loss") + 1 :] if event != "weights"]
         swapped = {"there": "back", "back": "there", "gather": "reduce", "reduce": "gather"}
         mirrored = []
         for event in backward:
@@ -434,11 +458,12 @@ def positions(log: list[str], event: str) -> list[int]:
     return [index for index, entry in enumerate(log) if entry == event]
 
 
-def order_of_events(device: torch.device, case: Case) -> list[str]:
+def order_of_events(device: torch.device, case: Case, checkpointed: bool = False) -> list[str]:
     """What one rank issues, waits for and computes, in a forward and a backward pass."""
     log: list[str] = []
     numbers = count()
     make_leg, grouped_swiglu = expert.make_leg, expert.grouped_swiglu
+    weights_backward = late_gradients.reference_weights_backward
 
     def logged_leg(*args: Any) -> expert.Leg:
         leg, number = make_leg(*args), next(numbers)
@@ -459,16 +484,25 @@ def order_of_events(device: torch.device, case: Case) -> list[str]:
 
         instance.issue, instance.finish = logged_issue, logged_finish
 
-    def logged_work(rows: Tensor, *rest: Tensor) -> Tensor:
+    def logged_weights(*arguments: Tensor) -> Any:
+        log.append("weights")
+        return weights_backward(*arguments)
+
+    def logged_work(rows: Tensor, *rest: Any) -> Tensor:
         log.append("work")
         output = grouped_swiglu(rows, *rest)
         output.register_hook(lambda _: log.append("work"))
         return output
 
     expert.make_leg, expert.grouped_swiglu = logged_leg, logged_work
+    late_gradients.reference_weights_backward = logged_weights
     layer, _ = spread_layer(device, case, torch.float32)
     x, logits, _, num_tokens = inputs_of(dist.get_rank(), case, torch.float32)
-    output, _, _ = run_layer(layer, x, logits, num_tokens)
+
+    def run(x: Tensor, logits: Tensor) -> Tensor:
+        return run_layer(layer, x, logits, num_tokens)[0]
+
+    output = checkpoint(run, x, logits, use_reentrant=False) if checkpointed else run(x, logits)
     log.append("loss")
     output.sum().backward()
     return log
