@@ -82,7 +82,7 @@ class ZeroEngine:
             return self._placement_beside(parameter)
         # Whole experts per rank as long as there are enough of them; else split inside each one.
         # Fewer experts than ranks on dim 0 would pad every rank to a whole expert.
-        if parameter.shape[0] >= self.mesh.world_size:
+        if whole_experts_fit(parameter.shape[0], self.mesh.world_size):
             return Shard(0)
         for dim in (1, 2):
             if parameter.shape[dim] % self.mesh.world_size == 0:
@@ -150,6 +150,11 @@ class ZeroEngine:
             for part in parts.values():
                 torch._foreach_mul_(part, scale)
         return norm.float()
+
+
+def whole_experts_fit(num_experts: int, ranks: int) -> bool:
+    """Whether `ranks` that share all experts get whole ones, rather than a part of each."""
+    return num_experts >= ranks
 
 
 def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
