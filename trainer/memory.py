@@ -42,7 +42,7 @@ import torch
 
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.text import TextModel, count_active_parameters, count_parameters
-from fulmen.parallel.zero import whole_experts_fit
+from fulmen.parallel.zero import expert_shard_dim
 from fulmen.trainer.config import RunConfig
 
 GIB = 2**30
@@ -106,18 +106,35 @@ def compute_bytes(config: RunConfig) -> int:
 def list_units(config: RunConfig, world_size: int) -> list[Unit]:
     """The ZeRO units of `parallelize`, in the order of the model."""
     parallel = config.parallel
-    split = parallel.ep * parallel.etp
-    dense_stage, expert_stage = parallel.zero_stage, parallel.expert_zero_stage
-    expert_stage = dense_stage if expert_stage is None else expert_stage
+    dense, experts = parallel.zero_stage, parallel.expert_zero_stage
+    return _list_units(
+        count_model(config.model),
+        dense,
+        dense if experts is None else experts,
+        parallel.ep * parallel.etp,
+        compute_bytes(config),
+        world_size,
+    )
+
+
+@lru_cache(maxsize=4)
+def _list_units(
+    model: ModelCount,
+    dense_stage: int,
+    expert_stage: int,
+    split: int,
+    copy_bytes: int,
+    world_size: int,
+) -> list[Unit]:
     sizes: dict[tuple[int, str], list[int]] = {}
-    for name, shape in count_model(config.model).shapes:
+    for name, shape in model.shapes:
         layer, unit = _unit_of(name)
         experts = unit == "experts"
         ranks = world_size // split if experts else world_size
         whole = prod(shape) // split if experts else prod(shape)
         if (expert_stage if experts else dense_stage) == 0:
             shard = whole
-        elif experts and (split > 1 or not whole_experts_fit(shape[0], world_size)):
+        elif experts and (split > 1 or expert_shard_dim(shape, world_size) > 0):
             shard = whole // ranks  # a dim that divides
         else:
             shard = ceil(shape[0] / ranks) * prod(shape[1:])
@@ -135,7 +152,7 @@ def list_units(config: RunConfig, world_size: int) -> list[Unit]:
                 world_size // split if experts else world_size,
                 whole,
                 shard,
-                FP32 if unit == "gate" else compute_bytes(config),
+                FP32 if unit == "gate" else copy_bytes,
             )
         )
     return units
@@ -275,17 +292,28 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
     layers = [kept if full else layer_activations(config, n) for n in sorted(by_layer)]
     rest = model_activations(config)
 
-    def parts(done: list[Unit], near: list[Unit], **more: int) -> Parts:
-        """`done` have their gradients reduced; `near` are gathered also in stage 3."""
+    copies = sum(unit.copy_bytes * unit.whole for unit in units if unit.stage < 3)
+    gradients = sum(_gradient_before(unit, micro_batches) for unit in units)
+
+    def reduce(*done: Unit) -> None:
+        """These units' gradients become shards, their copies go."""
+        nonlocal copies, gradients
+        for unit in done:
+            copies -= unit.copy_bytes * unit.whole if unit.stage < 3 else 0
+            gradients += FP32 * unit.shard - _gradient_before(unit, micro_batches)
+
+    def parts(*near: Unit, **more: int) -> Parts:
+        """`near` are gathered also in stage 3."""
         here = {"activations": rest, "working": 0, "head": 0, "buffers": 0} | more
-        copies, gradients = _copies_and_gradients(units, done, near, micro_batches)
-        return fixed | {"copies": copies, "gradients": gradients} | here
+        gathered = sum(unit.copy_bytes * unit.whole for unit in near if unit.stage == 3)
+        return fixed | {"copies": copies + gathered, "gradients": gradients} | here
 
     scratch = head_scratch(s.T, s.h, config.model.vocab_size, s.e)
     in_head = 2 * s.e * s.T * s.h + s.e * head.whole + scratch
-    yield parts([], [head], activations=rest + sum(layers), head=in_head)
+    yield parts(head, activations=rest + sum(layers), head=in_head)
 
-    done, last_reduced = [head, ends["norm"]], FP32 * head.whole
+    reduce(head)
+    last_reduced = FP32 * head.whole
     for number in reversed(range(len(layers))):
         layer = by_layer[number]
         dense, experts = layer["dense"], layer["experts"]
@@ -299,46 +327,36 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         # Rows of the weighted sum are gone once their gradient is there.
         in_experts = expert_activations(s) - s.e * s.T * s.k * s.h
         yield parts(
-            done,
-            near,
+            *near,
             activations=before + attention + router + in_experts,
             working=_expert_work(s, s.e * experts.whole),
             buffers=last_reduced + ahead,
         )
-        done = [*done, experts, layer["gate"]]
+        reduce(experts)
+        near.remove(experts)
         yield parts(
-            done,
-            near,
+            *near,
             activations=before + attention + router,
             working=s.e * (3 * s.T * s.h + experts.whole),
             buffers=FP32 * experts.whole + ahead,
         )
         yield parts(
-            done,
-            near,
+            *near,
             activations=before + attention,
             working=_attention_work(s, s.e * dense.whole, config.model.is_softmax(number)),
             buffers=FP32 * experts.whole + ahead,
         )
-        done, last_reduced = [*done, dense], FP32 * dense.whole
-    yield parts(units, [], activations=0)
+        reduce(dense, layer["gate"])
+        last_reduced = FP32 * dense.whole
+    reduce(ends["embed_tokens"], ends["norm"])
+    yield parts(activations=0)
 
 
-def _copies_and_gradients(
-    units: list[Unit], done: list[Unit], near: list[Unit], micro_batches: int
-) -> tuple[int, int]:
-    """Bytes of gathered weights, and of gradients."""
-    copies = gradients = 0
-    reduced, gathered = set(done), set(near)
-    for unit in units:
-        is_kept = unit.stage < 3 and unit not in reduced
-        if is_kept or unit in gathered:
-            copies += unit.copy_bytes * unit.whole
-        if unit in reduced or (micro_batches > 1 and unit.stage >= 2):
-            gradients += FP32 * unit.shard
-        elif micro_batches > 1:
-            gradients += FP32 * unit.whole
-    return copies, gradients
+def _gradient_before(unit: Unit, micro_batches: int) -> int:
+    """Bytes of a unit's gradients before those of the last micro-batch."""
+    if micro_batches == 1:
+        return 0
+    return FP32 * (unit.shard if unit.stage >= 2 else unit.whole)
 
 
 def _expert_work(s: Sizes, weight_bytes: int) -> int:
@@ -346,7 +364,9 @@ def _expert_work(s: Sizes, weight_bytes: int) -> int:
     and out, of gate and up, the inner rows again; at its end those of the weights."""
     rows = s.e * s.rows * s.h
     inner = 3 * s.e * s.rows * s.f // s.etp
-    return 2 * s.e * s.T * s.h + rows + inner + max(2 * rows + weight_bytes // 3, rows + weight_bytes)
+    return (
+        2 * s.e * s.T * s.h + rows + inner + max(2 * rows + weight_bytes // 3, rows + weight_bytes)
+    )
 
 
 def _attention_work(s: Sizes, weight_bytes: int, softmax: bool) -> int:
