@@ -23,20 +23,20 @@ def run_hydra(
     function: Callable[[Schema], None],
     config_name: str,
     schema: type[Schema],
-    not_needed: str | None = None,
+    not_needed: tuple[str, ...] = (),
 ) -> None:
     """Compose `recipes/<config_name>.yaml` with the command line and call `function` with it.
 
     The YAML's first default is `<config_name>_schema`, which stands for `schema`. A bad key or
     value, or a `ValueError` of `function`'s (which says what the user can change), ends the process
-    with status 1 and one message, without a traceback. Keys that begin with `not_needed` may be
-    left without a value.
+    with status 1 and one message, without a traceback. Keys that begin with one of
+    `not_needed` may be left without a value.
     """
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of ending the process
 
     def call(composed: Any) -> None:
-        for key in OmegaConf.missing_keys(composed) if not_needed else ():
+        for key in OmegaConf.missing_keys(composed):
             if key.startswith(not_needed):
                 OmegaConf.update(composed, key, "not given")
         try:

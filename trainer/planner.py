@@ -152,7 +152,9 @@ def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, ba
     busy = sum(work.values())
     zero = exchange_s.get("ZeRO", 0.0)
     shown = max(0.0, zero - assume.hidden_share * busy) + sum(exchange_s.values()) - zero
-    host = count * config.model.num_layers * assume.host_ms_per_layer / 1e3
+    # Launches as work: a block that is computed again is launched again.
+    again = 4 / 3 if config.trainer.activation_checkpointing == "full" else 1
+    host = again * count * config.model.num_layers * assume.host_ms_per_layer / 1e3
     seconds = max(busy + shown, host)
     mfu = None
     if compute_bytes(config) == 2:
@@ -458,8 +460,8 @@ def suggest(config: RunConfig, gpus: int, usable_gib: float) -> list[Change] | N
         "trainer.micro_batch_tokens": trainer.micro_batch_tokens,
     }
     choices = []
-    for picked in itertools.product(*dims):
-        changes = [change for change in picked if change is not None]
+    for picked in itertools.product(*reversed(dims)):  # the first varies fastest
+        changes = [change for change in reversed(picked) if change is not None]
         grows = any(
             not isinstance(value, str) and key != "trainer.micro_batch_tokens" and value < now[key]
             for key, value in changes
