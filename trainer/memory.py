@@ -291,6 +291,7 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
     kept = s.e * s.T * s.h  # of a checkpointed block
     layers = [kept if full else layer_activations(config, n) for n in sorted(by_layer)]
     rest = model_activations(config)
+    to_the_end = rest - s.T * (s.e * s.h + FP32)  # the last norm's part goes first
 
     copies = sum(unit.copy_bytes * unit.whole for unit in units if unit.stage < 3)
     gradients = sum(_gradient_before(unit, micro_batches) for unit in units)
@@ -320,9 +321,8 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         near = list(layer.values())
         # The gather of the next units in line, before it is copied to its place.
         ahead = max([u.copy_bytes * u.whole for u in near if u.stage == 3], default=0)
-        before = rest * (number == 0) + sum(layers[:number])
+        before = to_the_end + sum(layers[:number])
         attention = attention_activations(s, softmax=config.model.is_softmax(number))
-        attention += kept if full else 0
         router = router_activations(s)
         # Rows of the weighted sum are gone once their gradient is there.
         in_experts = expert_activations(s) - s.e * s.T * s.k * s.h

@@ -487,7 +487,7 @@ def _divisors(number: int) -> list[int]:
 def search(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions) -> list[Plan]:
     """The five fastest plans that fit, over meshes and ZeRO stages of this many GPUs, by their
     first steps."""
-    found: list[tuple[float, RunConfig]] = []
+    found: list[tuple[float, float, RunConfig]] = []
     for cp, ep, etp, dense, experts in itertools.product(
         (1, 2, 4, 8), _divisors(config.model.num_experts), (1, 2, 4, 8), (1, 2, 3), (1, 2, 3)
     ):
@@ -499,6 +499,9 @@ def search(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions) -> list[
         if sum(predict_memory(candidate, gpus).values()) / GIB > gpu.usable_gib:
             continue
         batch = config.data.global_batch_tokens
-        found.append((predict_step(candidate, gpus, gpu, assume, batch).seconds, candidate))
-    fastest = sorted(found, key=lambda one: one[0])[:5]
-    return [make_plan(candidate, gpus, gpu, assume) for _, candidate in fastest]
+        step = predict_step(candidate, gpus, gpu, assume, batch)
+        # Where the host is the limit, those with least else to wait for come first.
+        rest = sum(step.work_s.values()) + sum(step.exchange_s.values())
+        found.append((step.seconds, rest, candidate))
+    fastest = sorted(found, key=lambda one: one[:2])[:5]
+    return [make_plan(candidate, gpus, gpu, assume) for *_, candidate in fastest]

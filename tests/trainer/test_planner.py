@@ -14,7 +14,7 @@ from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
-from fulmen.parallel.plan import parallelize
+from fulmen.parallel.plan import _checkpoint_activations, parallelize
 from fulmen.trainer import run
 from fulmen.trainer.config import OptimConfig, RunConfig
 from fulmen.trainer.flops import device_peak
@@ -82,6 +82,9 @@ def saved_bytes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> int:
         model = TextModel(config.model, config.moe)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if ".gate." in name else dtype)
+        if config.trainer.activation_checkpointing == "full":
+            for block in model.layers:
+                _checkpoint_activations(block)
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
         def pack(x: torch.Tensor) -> torch.Tensor:
@@ -127,6 +130,20 @@ def test_activations_are_what_autograd_keeps(
     measured = saved_bytes(config, monkeypatch)
     assert 0 <= measured - predicted <= small
     assert small < 0.01 * predicted
+
+
+def test_checkpointed_blocks_keep_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = text01_1b(16384)
+    config.trainer.activation_checkpointing = "full"
+    model, tokens = config.model, 16384
+    inputs = 2 * model.num_layers * tokens * model.hidden_size
+    head = 2 * model.hidden_size * (tokens + model.vocab_size)
+    predicted = inputs + model_activations(config) + head
+    # Labels and angles are held by the caller's frame, not by autograd.
+    measured = saved_bytes(config, monkeypatch)
+    assert measured == pytest.approx(predicted, rel=0.01)
+    in_head = next(iter(moments(config, 1, 1)))
+    assert in_head["activations"] == inputs + model_activations(config)
 
 
 @pytest.mark.parametrize(
