@@ -28,9 +28,10 @@ compute type unless said:
 
 With full checkpointing a block keeps its input T h alone; one block's list comes and goes.
 
-The peak is looked for at several moments of a step: in the head, and in each block's backward
-pass in its experts, at the reduction of their gradients, and in its attention layer. Each adds what
-the passes hold for themselves, and what ZeRO's reductions and gathers hold.
+The peak is looked for at several moments of a step: in the head and at the reduction of its
+gradient; in each block's backward pass in its experts, at the reduction of their gradients, and in
+its attention layer; at the reduction of the embedding's gradient. Each adds what the passes hold
+for themselves, and what ZeRO's reductions and gathers hold.
 """
 
 from collections.abc import Iterator
@@ -276,12 +277,47 @@ def add_margin(parts: Parts) -> Parts:
     return parts | {"margin": CONTEXT_BYTES + int(FRAGMENTATION * peak)}
 
 
+class Held:
+    """What ZeRO holds in the last micro-batch's backward pass, as it goes through the units."""
+
+    def __init__(self, units: list[Unit], micro_batches: int) -> None:
+        self._micro_batches = micro_batches
+        shards = sum(unit.shard for unit in units)
+        self._fixed = {"weights": FP32 * shards, "moments": 2 * FP32 * shards}
+        self._copies = sum(unit.copy_bytes * unit.whole for unit in units if unit.stage < 3)
+        self._gradients = sum(self._before(unit) for unit in units)
+
+    def reduce(self, *units: Unit) -> None:
+        """Their gradients become shards, their copies go."""
+        for unit in units:
+            self._copies -= unit.copy_bytes * unit.whole if unit.stage < 3 else 0
+            self._gradients += FP32 * unit.shard - self._before(unit)
+
+    def parts(
+        self, *near: Unit, activations: int, working: int = 0, head: int = 0, buffers: int = 0
+    ) -> Parts:
+        """All parts at this moment; `near` are gathered also in stage 3."""
+        gathered = sum(unit.copy_bytes * unit.whole for unit in near if unit.stage == 3)
+        return self._fixed | {
+            "copies": self._copies + gathered,
+            "gradients": self._gradients,
+            "activations": activations,
+            "working": working,
+            "head": head,
+            "buffers": buffers,
+        }
+
+    def _before(self, unit: Unit) -> int:
+        """Bytes of a unit's gradients before those of the last micro-batch."""
+        if self._micro_batches == 1:
+            return 0
+        return FP32 * (unit.shard if unit.stage >= 2 else unit.whole)
+
+
 def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[Parts]:
     """The parts at each moment looked at, of the step's last micro-batch."""
     units = list_units(config, world_size)
     s = sizes_of(config)
-    shards = sum(unit.shard for unit in units)
-    fixed = {"weights": FP32 * shards, "moments": 2 * FP32 * shards}
     by_layer: dict[int, dict[str, Unit]] = {}
     for unit in units:
         by_layer.setdefault(unit.layer, {})[unit.name] = unit
@@ -293,28 +329,20 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
     rest = model_activations(config)
     to_the_end = rest - s.T * (s.e * s.h + FP32)  # the last norm's part goes first
 
-    copies = sum(unit.copy_bytes * unit.whole for unit in units if unit.stage < 3)
-    gradients = sum(_gradient_before(unit, micro_batches) for unit in units)
-
-    def reduce(*done: Unit) -> None:
-        """These units' gradients become shards, their copies go."""
-        nonlocal copies, gradients
-        for unit in done:
-            copies -= unit.copy_bytes * unit.whole if unit.stage < 3 else 0
-            gradients += FP32 * unit.shard - _gradient_before(unit, micro_batches)
-
-    def parts(*near: Unit, **more: int) -> Parts:
-        """`near` are gathered also in stage 3."""
-        here = {"activations": rest, "working": 0, "head": 0, "buffers": 0} | more
-        gathered = sum(unit.copy_bytes * unit.whole for unit in near if unit.stage == 3)
-        return fixed | {"copies": copies + gathered, "gradients": gradients} | here
-
+    zero = Held(units, micro_batches)
+    parts, reduce = zero.parts, zero.reduce
     scratch = head_scratch(s.T, s.h, config.model.vocab_size, s.e)
     in_head = 2 * s.e * s.T * s.h + s.e * head.whole + scratch
     yield parts(head, activations=rest + sum(layers), head=in_head)
 
     reduce(head)
     last_reduced = FP32 * head.whole
+    yield parts(
+        head,
+        activations=rest + sum(layers),
+        working=s.e * (2 * s.T * s.h + head.whole),
+        buffers=last_reduced,
+    )
     for number in reversed(range(len(layers))):
         layer = by_layer[number]
         dense, experts = layer["dense"], layer["experts"]
@@ -348,15 +376,15 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         )
         reduce(dense, layer["gate"])
         last_reduced = FP32 * dense.whole
-    reduce(ends["embed_tokens"], ends["norm"])
+    embedding = ends["embed_tokens"]
+    reduce(embedding, ends["norm"])
+    yield parts(
+        embedding,
+        activations=to_the_end,
+        working=s.e * (s.T * s.h + embedding.whole),
+        buffers=FP32 * embedding.whole,
+    )
     yield parts(activations=0)
-
-
-def _gradient_before(unit: Unit, micro_batches: int) -> int:
-    """Bytes of a unit's gradients before those of the last micro-batch."""
-    if micro_batches == 1:
-        return 0
-    return FP32 * (unit.shard if unit.stage >= 2 else unit.whole)
 
 
 def _expert_work(s: Sizes, weight_bytes: int) -> int:
