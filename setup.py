@@ -56,6 +56,7 @@ setup(
     entry_points={
         "console_scripts": [
             "fulmen-pretrain = fulmen.launch.pretrain:main",
+            "fulmen-plan = fulmen.launch.plan:main",
             "fulmen-prepare-data = fulmen.launch.prepare_data:main",
             "fulmen-generate = fulmen.launch.generate:main",
             "fulmen-export-hf = fulmen.launch.export_hf:main",

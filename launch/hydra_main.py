@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fulmen.trainer.config import nearest_keys, to_dataclass
@@ -18,17 +19,26 @@ RECIPES = str(Path(__file__).resolve().parent.parent / "recipes")
 Schema = TypeVar("Schema")
 
 
-def run_hydra(function: Callable[[Schema], None], config_name: str, schema: type[Schema]) -> None:
+def run_hydra(
+    function: Callable[[Schema], None],
+    config_name: str,
+    schema: type[Schema],
+    not_needed: tuple[str, ...] = (),
+) -> None:
     """Compose `recipes/<config_name>.yaml` with the command line and call `function` with it.
 
     The YAML's first default is `<config_name>_schema`, which stands for `schema`. A bad key or
     value, or a `ValueError` of `function`'s (which says what the user can change), ends the process
-    with status 1 and one message, without a traceback.
+    with status 1 and one message, without a traceback. Keys that begin with one of
+    `not_needed` may be left without a value.
     """
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of ending the process
 
     def call(composed: Any) -> None:
+        for key in OmegaConf.missing_keys(composed):
+            if key.startswith(not_needed):
+                OmegaConf.update(composed, key, "not given")
         try:
             function(to_dataclass(composed, schema))
         except OmegaConfBaseException:  # some are ValueErrors too

@@ -17,7 +17,7 @@ on the number of ranks or on the size of a mesh axis.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -80,19 +80,7 @@ class ZeroEngine:
     def _expert_placement(self, parameter: nn.Parameter) -> Shard:
         if isinstance(parameter, DTensor):
             return self._placement_beside(parameter)
-        # Whole experts per rank as long as there are enough of them; else split inside each one.
-        # Fewer experts than ranks on dim 0 would pad every rank to a whole expert.
-        if parameter.shape[0] >= self.mesh.world_size:
-            return Shard(0)
-        for dim in (1, 2):
-            if parameter.shape[dim] % self.mesh.world_size == 0:
-                return Shard(dim)
-        raise ValueError(
-            f"{self.mesh.world_size} ranks cannot share the experts: they are more than "
-            f"model.num_experts={parameter.shape[0]} and divide neither model.expert_hidden_size "
-            "nor model.hidden_size; change the number of processes, or set "
-            "parallel.expert_zero_stage=0"
-        )
+        return Shard(expert_shard_dim(parameter.shape, self.mesh.world_size))
 
     def _placement_beside(self, parameter: DTensor) -> Shard:
         """A dim that ep and etp leave; `check_experts` has seen that one divides.
@@ -150,6 +138,25 @@ class ZeroEngine:
             for part in parts.values():
                 torch._foreach_mul_(part, scale)
         return norm.float()
+
+
+def expert_shard_dim(shape: Sequence[int], ranks: int) -> int:
+    """The dim along which `ranks` share experts that none of them splits otherwise.
+
+    Whole experts per rank as long as there are enough of them; else a part of each one. Fewer
+    experts than ranks on dim 0 would pad every rank to a whole expert.
+    """
+    if shape[0] >= ranks:
+        return 0
+    for dim in (1, 2):
+        if shape[dim] % ranks == 0:
+            return dim
+    raise ValueError(
+        f"{ranks} ranks cannot share the experts: they are more than "
+        f"model.num_experts={shape[0]} and divide neither model.expert_hidden_size "
+        "nor model.hidden_size; change the number of processes, or set "
+        "parallel.expert_zero_stage=0"
+    )
 
 
 def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -88,6 +88,8 @@ class TrainerConfig:
     """none, or full: keep only each block's input and compute the block again backward."""
     compile: bool = False
     """torch.compile each block."""
+    allow_misfit: bool = False
+    """Begin also where the planner says that the GPU's memory is not enough."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
 from fulmen.data.config import SourceConfig
@@ -15,6 +16,8 @@ from fulmen.parallel.rendezvous import set_timeout
 from fulmen.trainer.config import RunConfig, check_run_folder
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.manifest import CONFIG_FILE
+from fulmen.trainer.memory import GIB, count_model
+from fulmen.trainer.planner import Assumptions, find_gpu, predict_memory, predict_step
 from fulmen.trainer.report import write_report
 from fulmen.trainer.run_folder import agree_on_folder, update_summary
 from fulmen.trainer.run_log import log, start_logging
@@ -32,6 +35,7 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     if mesh.rank == 0:
         for line in mesh.table().splitlines():
             log.info("%s", line)
+    announce_plan(config, mesh)
     set_timeout(config.parallel.timeout_s)
     trainer = None
     try:
@@ -50,6 +54,43 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     if mesh.rank == 0:
         log.info("report: %s", write_report(run_dir))
     return run_dir
+
+
+def announce_plan(config: RunConfig, mesh: Mesh) -> None:
+    """Log what the run will need; `ValueError` where a GPU's memory is not enough for it."""
+    count = count_model(config.model)
+    first = mesh.rank == 0
+    if first:
+        log.info("%s parameters, %s active", f"{count.total:,}", f"{count.active:,}")
+    if mesh.device.type != "cuda":
+        return
+    device = torch.cuda.get_device_properties(mesh.device)
+    memory = predict_memory(config, mesh.world_size)
+    gpu = find_gpu(device.name)
+    if first:
+        gib = sum(memory.values()) / GIB
+        line = f"predicted: {gib:.1f} of {device.total_memory / GIB:.1f} GiB of a GPU"
+        if gpu is not None:
+            batch = config.data.global_batch_tokens
+            step = predict_step(config, mesh.world_size, gpu, Assumptions(), batch)
+            line += f", {step.seconds:.3f} s a step of {batch} tokens"
+        log.info("%s", line)
+    check_fits(memory, device.total_memory, allowed=config.trainer.allow_misfit)
+
+
+def check_fits(memory: dict[str, int], total: int, *, allowed: bool) -> None:
+    """`ValueError` with the numbers if the predicted bytes are more than a GPU's `total`."""
+    needed = sum(memory.values())
+    if needed <= total:
+        return
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items() if size)
+    message = f"a rank needs {needed / GIB:.1f} GiB ({parts}), its GPU has {total / GIB:.1f}"
+    if not allowed:
+        raise ValueError(
+            f"{message}: launch/plan.py with the same keys and gpus=PROCESSES says what to "
+            "change, or set trainer.allow_misfit=true to begin all the same"
+        )
+    log.warning("%s; it begins because trainer.allow_misfit=true", message)
 
 
 def describe_run(config: RunConfig, trainer: Trainer, run_dir: Path) -> None:

@@ -1,0 +1,388 @@
+"""The planner's counts against torch: saved tensors, shards, measured peaks; and by hand."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import ROOT, compose_config, tiny_config, tiny_model
+from support.worlds import run_world
+from torch.distributed.fsdp import FSDPModule
+
+from fulmen.models.config import ModelConfig, MoEConfig
+from fulmen.models.text import LossOutput, TextModel
+from fulmen.parallel.config import ParallelConfig
+from fulmen.parallel.mesh import build_mesh
+from fulmen.parallel.plan import _checkpoint_activations, parallelize
+from fulmen.trainer import run
+from fulmen.trainer.config import OptimConfig, RunConfig
+from fulmen.trainer.flops import device_peak
+from fulmen.trainer.memory import (
+    FP32,
+    GIB,
+    add_margin,
+    count_model,
+    find_peak,
+    head_scratch,
+    layer_activations,
+    list_units,
+    model_activations,
+    moments,
+)
+from fulmen.trainer.optim import Optimizer
+from fulmen.trainer.planner import (
+    GPUS,
+    Assumptions,
+    changed,
+    describe,
+    find_gpu,
+    make_plan,
+    predict_memory,
+    predict_step,
+    search,
+    step_flops,
+    suggest,
+)
+
+H800 = GPUS["h800"]
+
+
+def text01(*overrides: str) -> RunConfig:
+    return compose_config(["recipe=text01", "data.sources.corpus.path=none", *overrides])
+
+
+def text01_1b(tokens: int, **parallel: int) -> RunConfig:
+    """`tokens` on a rank, as benchmarks/train_step.py runs it."""
+    config = compose_config(["recipe=text01_1b", "data.sources.corpus.path=none"])
+    config.parallel = ParallelConfig(**parallel)  # type: ignore[arg-type]
+    config.trainer.micro_batch_tokens = tokens * config.parallel.cp
+    return config
+
+
+def saved_bytes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What autograd keeps in a forward pass on the kernels a GPU would take, parameters apart.
+
+    On the meta device: the Triton ops declare their outputs' shapes, so none of them is run.
+    """
+    pytest.importorskip("triton")
+    others = {"attention": "torch_varlen", "grouped_gemm": "grouped_mm"}
+
+    def choose(op: str, *candidates: tuple[str, str]) -> str:
+        return others.get(op, "triton")
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fulmen.kernels.") and hasattr(module, "choose"):
+            monkeypatch.setattr(module, "choose", choose)
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.trainer.dtype]
+    tokens = config.trainer.micro_batch_tokens
+    sizes: dict[int, int] = {}
+    alive = []
+    with torch.device("meta"):
+        model = TextModel(config.model, config.moe)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if ".gate." in name else dtype)
+        if config.trainer.activation_checkpointing == "full":
+            for block in model.layers:
+                _checkpoint_activations(block)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            alive.append(storage)  # so that no address comes twice
+            if storage._cdata not in own:
+                sizes[storage._cdata] = storage.nbytes()
+            return x
+
+        ids = torch.empty(1, tokens, dtype=torch.int64)
+        bounds = torch.empty(3, dtype=torch.int32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            output = model(ids, labels=ids, cu_seqlens=bounds, num_tokens=tokens)
+        assert isinstance(output, LossOutput)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", ["tiny", "all lightning", "all softmax", "text01_1b"])
+def test_activations_are_what_autograd_keeps(
+    shape: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = text01_1b(16384) if shape == "text01_1b" else tiny_config("none")
+    config.trainer.dtype = dtype
+    if shape != "text01_1b":
+        every = {"tiny": 2, "all lightning": 0, "all softmax": 1}[shape]
+        config.model = tiny_model(softmax_every=every, vocab_size=304)
+        config.trainer.micro_batch_tokens = 4096
+    model, tokens = config.model, config.trainer.micro_batch_tokens
+    predicted = model_activations(config)
+    predicted += sum(layer_activations(config, layer) for layer in range(model.num_layers))
+    # The head's two gradients, which are made in the forward pass.
+    number = 2 if dtype == "bfloat16" else 4
+    predicted += number * model.hidden_size * (tokens + model.vocab_size)
+    predicted -= 8 * tokens  # labels, which only the head reads
+    if not model.num_softmax_layers:
+        predicted -= FP32 * tokens * model.rotary_dim  # angles that no layer reads
+    # Not counted: slopes, counts, scalars; in lightning layers the table of documents (16 bytes for
+    # 16 or 64 tokens) and, where rows are cut as short ones with few heads are, states at the cuts.
+    small = model.num_layers * (tokens + 1024)
+    if shape != "text01_1b":
+        small += model.num_layers * 8 * FP32 * 2 * 16 * 16
+    measured = saved_bytes(config, monkeypatch)
+    assert 0 <= measured - predicted <= small
+    assert small < 0.01 * predicted
+
+
+def test_checkpointed_blocks_keep_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = text01_1b(16384)
+    config.trainer.activation_checkpointing = "full"
+    model, tokens = config.model, 16384
+    inputs = 2 * model.num_layers * tokens * model.hidden_size
+    head = 2 * model.hidden_size * (tokens + model.vocab_size)
+    predicted = inputs + model_activations(config) + head
+    # Labels and angles are held by the caller's frame, not by autograd.
+    measured = saved_bytes(config, monkeypatch)
+    assert measured == pytest.approx(predicted, rel=0.01)
+    in_head = next(iter(moments(config, 1, 1)))
+    assert in_head["activations"] == inputs + model_activations(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "measured"),
+    [
+        (text01_1b(16384), 1, 24.03),
+        (text01_1b(16384), 2, 18.29),
+        (text01_1b(16384, cp=2), 2, 18.32),
+        (text01_1b(16384, ep=2), 2, 17.98),
+    ],
+    ids=["one", "dp2", "cp2", "ep2"],
+)
+def test_measured_peaks(config: RunConfig, ranks: int, measured: float) -> None:
+    """torch's max_memory_allocated on H100s, 2026-11-25: docs/planner.md."""
+    assert sum(find_peak(config, ranks, 1).values()) / GIB == pytest.approx(measured, rel=0.05)
+
+
+def test_measured_peak_of_lightning_layers() -> None:
+    config = text01_1b(32768)
+    config.model.softmax_every = 0
+    assert sum(find_peak(config, 2, 1).values()) / GIB == pytest.approx(29.56, rel=0.05)
+
+
+def test_measured_work() -> None:
+    """Kernels' time of the same steps on H100s; docs/planner.md."""
+    measured = [({}, 1, 0.1102), ({}, 2, 0.1007), ({"cp": 2}, 2, 0.1016), ({"ep": 2}, 2, 0.1052)]
+    for parallel, ranks, seconds in measured:
+        config = text01_1b(16384, **parallel)
+        step = predict_step(config, ranks, GPUS["h100"], Assumptions(), 16384 * ranks)
+        assert sum(step.work_s.values()) == pytest.approx(seconds, rel=0.1)
+
+
+def test_heads_scratch_is_that_of_the_kernel() -> None:
+    pytest.importorskip("triton")
+    from fulmen.kernels.cross_entropy.triton_cross_entropy import plan_chunks
+
+    sizes = [(8192, 6144, 200064), (16384, 1536, 64000), (256, 128, 4096), (8192, 6144, 4096)]
+    for tokens, hidden, vocab in sizes:
+        chunks = plan_chunks(tokens, hidden, vocab, element_size=2, need_weight=True)
+        expected = 0
+        for chunk in chunks:
+            rows = chunk.stop - chunk.start
+            summed = 4 * rows * hidden if chunk.slab < vocab else 0
+            expected = max(expected, 2 * rows * chunk.slab + summed)
+        assert head_scratch(tokens, hidden, vocab, 2) == pytest.approx(expected, rel=1e-2)
+
+
+MESHES: list[dict[str, Any]] = [
+    {"zero_stage": 0},
+    {"zero_stage": 1},
+    {"zero_stage": 3, "expert_zero_stage": 0},
+    {"zero_stage": 0, "expert_zero_stage": 2, "ep": 2},
+    {"zero_stage": 2, "ep": 2, "etp": 2},
+    {"zero_stage": 1, "etp": 2, "cp": 2},
+]
+
+
+def held_bytes(device: torch.device, meshes: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Of weights, moments and gathered copies that a rank really has, by mesh."""
+    result = []
+    for values in meshes:
+        parallel = ParallelConfig(**values)
+        with torch.device("meta"):
+            model = TextModel(tiny_model(), MoEConfig())
+        engine = parallelize(
+            model,
+            build_mesh(parallel, device),
+            parallel,
+            dtype=torch.bfloat16,
+            activation_checkpointing="none",
+            compile_blocks=False,
+            seed=0,
+        )
+        optimizer = Optimizer(engine, OptimConfig(lr=1e-3))
+        weights = sum(p.to_local().nbytes for p in engine.parameters.values())
+        moments = sum(m.to_local().nbytes for _, m in optimizer.named_moments())
+        for unit in engine.stages:
+            assert isinstance(unit, FSDPModule)
+            unit.unshard()
+        copies = [_local(p) for p in model.parameters()]
+        result.append(
+            {
+                "weights": weights,
+                "moments": moments,
+                "copies": sum(copy.nbytes for copy in copies),
+            }
+        )
+    return result
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+@pytest.mark.slow
+def test_shards_are_those_of_the_engine() -> None:
+    ranks = run_world(held_bytes, 4, MESHES)
+    for number, values in enumerate(MESHES):
+        config = tiny_config("none")
+        config.parallel = ParallelConfig(**values)
+        config.trainer.dtype = "bfloat16"
+        units = list_units(config, 4)
+        shards = sum(unit.shard for unit in units)
+        most = {key: max(rank[number][key] for rank in ranks) for key in ranks[0][number]}
+        assert most["weights"] == FP32 * shards, values
+        assert most["moments"] == 2 * FP32 * shards
+        assert most["copies"] == sum(unit.whole * unit.copy_bytes for unit in units)
+
+
+def test_gradients_by_stage_and_micro_batches() -> None:
+    """Of one rank of four; each of three layers has 3 x 4 x 24 x 32 numbers in its experts."""
+    config = tiny_config("none")
+    total = count_model(config.model).total
+    experts = 3 * 4 * 24 * 32 * 3
+    config.parallel = ParallelConfig(zero_stage=1, ep=4)
+    head = config.model.vocab_size * config.model.hidden_size
+    # In the experts of the last layer all but the head's are whole, of two micro-batches.
+    shard_of_head = -(-config.model.vocab_size // 4) * config.model.hidden_size
+    whole = total - experts + experts // 4 - head + shard_of_head
+    of_two, of_one = (list(moments(config, 4, number)) for number in (2, 1))
+    assert of_two[1]["gradients"] == FP32 * whole
+    # Of one, there is the head's alone; at the end all are shards.
+    assert of_one[1]["gradients"] == FP32 * shard_of_head
+    assert of_one[-1]["gradients"] == of_two[-1]["gradients"] == of_one[-1]["weights"]
+
+
+def test_text01_counts() -> None:
+    config = text01()
+    facts = describe(make_plan(config, 2048, H800, Assumptions()))
+    assert facts["total_params"] == 456_089_655_296
+    assert facts["active_params"] == 45_944_920_064
+    # tests/trainer/test_flops.py counts both by hand; a token has 4096 before it on average.
+    by_hand = 3 * (94_638_702_592 + 10 * 4096 * 32_768)
+    assert facts["flops_per_token"] == by_hand
+    assert sum(facts["flops_by_kind_per_token"].values()) == by_hand
+    # 32 experts on 32 ranks, each over 64 of them.
+    assert facts["params_per_rank"]["experts"] == 80 * 3 * 6144 * 9216 // 64
+    assert facts["fits"]
+    step = facts["step_time_s"]
+    assert facts["mfu"] == pytest.approx(by_hand * 16_777_216 / (step * 2048 * 989e12))
+    assert facts["tokens_per_day"] == pytest.approx(16_777_216 / step * 86_400)
+    stage = facts["stages"][0]
+    assert stage["tokens"] == pytest.approx(11.4e12)
+    assert [row["global_batch_tokens"] >> 24 for row in stage["batches"]] == [1, 2, 4, 8]
+    assert stage["gpu_hours"] == pytest.approx(stage["days"] * 24 * 2048)
+
+
+def test_exchanged_bytes_by_hand() -> None:
+    config = tiny_config("none")
+    config.parallel = ParallelConfig(zero_stage=1, ep=2, cp=2)
+    config.trainer.dtype = "bfloat16"
+    sent = predict_step(config, 2, H800, Assumptions(), 128).exchange_gb
+    # Two micro-batches, 32 tokens on each rank of 64; 3 layers, one of them softmax.
+    model = config.model
+    rows = 32 * 2 * model.hidden_size * 2  # bytes: two choices, bf16
+    assert sent["rows to experts"] * 1e9 == pytest.approx(2 * 3 * 4 * rows / 2)
+    assert sent["keys and values"] * 1e9 == pytest.approx(2 * 32 * 2 * 16 * (2 + 4))
+    assert sent["lightning states"] * 1e9 == pytest.approx(2 * 2 * 2 * 4 * 2 * 16 * 16)
+    dense = count_model(model).total - 3 * 3 * 4 * 24 * 32
+    gate = 3 * 4 * 32  # in fp32
+    assert sent["ZeRO"] * 1e9 == pytest.approx((2 + 4) / 2 * dense + 2 / 2 * gate)
+
+
+def test_full_checkpointing_computes_blocks_again() -> None:
+    config = text01()
+    full = predict_step(config, 2048, H800, Assumptions(), 2**24).work_s
+    none = changed(config, [("trainer.activation_checkpointing", "none")])
+    once = predict_step(none, 2048, H800, Assumptions(), 2**24).work_s
+    assert full["projections"] == pytest.approx(once["projections"] * 4 / 3)
+    assert full["head"] == once["head"]
+    assert step_flops(config, 1) == step_flops(none, 1)
+    assert sum(find_peak(config, 2048, 1).values()) < sum(find_peak(none, 2048, 1).values())
+
+
+def test_what_to_change_fits() -> None:
+    config = text01("parallel.ep=1", "parallel.zero_stage=1")
+    assert not make_plan(config, 2048, H800, Assumptions()).fits
+    changes = suggest(config, 2048, H800.usable_gib)
+    assert changes
+    assert make_plan(changed(config, changes), 2048, H800, Assumptions()).fits
+    assert suggest(text01("parallel.ep=1"), 32, H800.usable_gib) is None  # 228 GiB of state each
+
+
+def test_search_gives_the_fastest_that_fit() -> None:
+    config = text01_1b(16384)
+    found = search(config, 8, H800, Assumptions())
+    assert 1 <= len(found) <= 5
+    times = [plan.intervals[0].step.seconds for plan in found]
+    assert times == sorted(times)
+    assert all(plan.fits for plan in found)
+    assert times[0] <= make_plan(config, 8, H800, Assumptions()).intervals[0].step.seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA H800", "h800")]
+    + [("NVIDIA H20", "h20"), ("NVIDIA A100-SXM4-80GB", "a100")],
+)
+def test_peaks_are_those_of_the_trainer(
+    name: str, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert find_gpu(name) is GPUS[gpu]
+    peak = device_peak(torch.device("cuda"), torch.bfloat16)
+    assert peak == GPUS[gpu].tflops * 1e12
+
+
+def test_a_job_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(config: RunConfig, gib: float) -> None:
+        device = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=int(gib * GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+        mesh = SimpleNamespace(device=torch.device("cuda"), rank=0, world_size=2048)
+        run.announce_plan(config, mesh)  # type: ignore[arg-type]
+
+    config = text01()
+    needed = sum(predict_memory(config, 2048).values()) / GIB
+    begin(config, needed + 0.1)
+    with pytest.raises(ValueError, match=rf"needs {needed:.1f} GiB .*trainer.allow_misfit=true"):
+        begin(config, needed - 0.1)
+    config.trainer.allow_misfit = True
+    begin(config, needed - 0.1)
+
+
+def test_the_margin_is_added_once() -> None:
+    parts = find_peak(text01(), 2048, 1)
+    assert "margin" not in parts
+    assert add_margin(parts)["margin"] == int(1.5 * GIB) + int(0.04 * sum(parts.values()))
+
+
+def test_experts_that_ranks_cannot_share() -> None:
+    config = tiny_config("none")
+    config.model = ModelConfig(**vars(tiny_model(num_experts=2, expert_hidden_size=26)))
+    config.parallel = ParallelConfig(zero_stage=1)
+    with pytest.raises(ValueError, match="expert_zero_stage=0"):
+        list_units(config, 3)
+
+
+def test_the_recipes_of_one_gpu_fit() -> None:
+    for recipe in ("text01_1b", "text01_3b"):
+        config = compose_config([f"recipe={recipe}", "data.sources.corpus.path=none"])
+        assert make_plan(config, 1, GPUS["h100"], Assumptions()).fits, recipe
+    assert (ROOT / "recipes" / "plan.yaml").exists()

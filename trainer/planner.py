@@ -1,0 +1,507 @@
+"""What a run will need and how long it will take, before a GPU is busy.
+
+Everything is counted from the configuration: operations by trainer/flops.py, memory by
+trainer/memory.py, exchanged bytes by what docs/parallelism.md says is sent. Times are those counts
+over rates, which are assumptions (`Assumptions`), measured for one chip and scaled to the others;
+docs/planner.md holds them against measured steps.
+"""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fulmen.trainer.config import RunConfig, check_config
+from fulmen.trainer.flops import forward_flops, training_flops
+from fulmen.trainer.memory import (
+    FP32,
+    GIB,
+    Sizes,
+    Unit,
+    add_margin,
+    compute_bytes,
+    count_model,
+    find_peak,
+    list_units,
+    sizes_of,
+)
+from fulmen.trainer.schedule import batch_tokens, total_tokens
+
+NODE = 8
+"""GPUs joined by NVLink."""
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data sheets' figures of one chip."""
+
+    usable_gib: float
+    """What CUDA reports as its memory."""
+    tflops: float
+    """Dense bf16."""
+    fp32_tflops: float
+    memory_gb_per_s: float
+    nvlink_gb_per_s: float
+    """One direction."""
+
+
+GPUS = {
+    "h100": Gpu(79.1, 989, 67, 3350, 450),
+    "h200": Gpu(139.8, 989, 67, 4800, 450),
+    "h800": Gpu(79.1, 989, 67, 3350, 200),
+    "h20": Gpu(95.1, 148, 44, 4000, 450),
+    "a100": Gpu(79.1, 312, 19.5, 2039, 300),
+}
+_NAMES = [("H100 80GB", "h100"), ("H200", "h200"), ("H800", "h800"), ("H20", "h20")]
+_NAMES += [("A100-SXM4-80GB", "a100")]
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The chip that a device's name stands for, if it is in the table."""
+    return next((GPUS[gpu] for part, gpu in _NAMES if part in device_name), None)
+
+
+@dataclass
+class Assumptions:
+    """Rates that times are made of; shares are of the data sheet's figure."""
+
+    matmul_share: float = 0.69
+    """Plain matrix products: 680 of 989 TFLOP/s (H200, Text-01's shapes)."""
+    grouped_share: float = 0.55
+    """Experts: 537 to 564 of 989 TFLOP/s."""
+    softmax_share: float = 0.53
+    """Softmax attention: 520 of 989 TFLOP/s."""
+    fp32_share: float = 0.6
+    """The router's product; not measured."""
+    memory_share: float = 0.8
+    """Norms, activations, permutations, optimiser: 3.8 to 4.3 of 4.8 TB/s."""
+    lightning_share: float = 0.49
+    """The lightning core: 2.34 of 4.8 TB/s, forward + backward."""
+    nvlink_share: float = 0.7
+    """Collectives inside a node; not measured here."""
+    network_gb_per_s: float = 50.0
+    """Of each GPU, in one direction, between nodes: 400 Gbit/s."""
+    network_share: float = 0.7
+    """Collectives between nodes; not measured here."""
+    hidden_share: float = 0.8
+    """ZeRO's exchanges run beside work, up to this share of its time; not measured at scale."""
+    host_ms_per_layer: float = 18.8
+    """A step takes at least so long for each layer and micro-batch, whatever its size: launches
+    from Python, 150.7 ms for 8 layers of text01_1b."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step as predicted."""
+
+    micro_batches: int
+    seconds: float
+    tokens: int
+    mfu: float | None
+    """As the trainer counts it; None in fp32, as there."""
+    work_s: dict[str, float]
+    """Time of a GPU by kind, whether something else bounds it or not."""
+    exchange_gb: dict[str, float]
+    """Gigabytes that come to one rank, by kind."""
+    exchange_s: dict[str, float]
+    host_s: float
+
+
+def micro_batches(config: RunConfig, gpus: int, batch: int) -> int:
+    """Of one rank in a step."""
+    dp = gpus // config.parallel.cp
+    return batch // (config.trainer.micro_batch_tokens * dp)
+
+
+def batch_sizes(config: RunConfig) -> list[int]:
+    """Tokens of a step, over the ramp."""
+    ramp = [step.global_batch_tokens for step in config.schedule.batch_ramp]
+    return [config.data.global_batch_tokens, *ramp]
+
+
+def step_flops(config: RunConfig, batch: int) -> float:
+    """Operations of a step as the trainer's MFU counts them, if one document fills each row and
+    none of the experts drops any."""
+    model = config.model
+    return training_flops(
+        model,
+        num_tokens=batch,
+        sum_squared_lengths=batch * config.data.seq_len,
+        num_assignments=batch * model.num_experts_per_token * model.num_layers,
+    )
+
+
+def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, batch: int) -> Step:
+    """Time of a step of `batch` tokens over all ranks."""
+    count = micro_batches(config, gpus, batch)
+    units = list_units(config, gpus)
+    work = {kind: count * s for kind, s in _micro_batch_work(config, gpu, assume).items()}
+    bandwidth = gpu.memory_gb_per_s * 1e9 * assume.memory_share
+    work["optimiser"] = sum(40 * unit.shard for unit in units) / bandwidth
+    work["casts"] = sum(_cast_bytes(unit, count) for unit in units) / bandwidth
+    exchanges = list(_exchanges(config, gpus, units, count))
+    exchange_gb: dict[str, float] = {}
+    exchange_s: dict[str, float] = {}
+    for kind, size, members, stride in exchanges:
+        rate = _rate(gpu, assume, members, stride, spreads=kind != "ZeRO")
+        exchange_gb[kind] = exchange_gb.get(kind, 0) + size / 1e9
+        exchange_s[kind] = exchange_s.get(kind, 0) + size / rate
+    busy = sum(work.values())
+    zero = exchange_s.get("ZeRO", 0.0)
+    shown = max(0.0, zero - assume.hidden_share * busy) + sum(exchange_s.values()) - zero
+    # Launches as work: a block that is computed again is launched again.
+    again = 4 / 3 if config.trainer.activation_checkpointing == "full" else 1
+    host = again * count * config.model.num_layers * assume.host_ms_per_layer / 1e3
+    seconds = max(busy + shown, host)
+    mfu = None
+    if compute_bytes(config) == 2:
+        mfu = step_flops(config, batch) / (seconds * gpus * gpu.tflops * 1e12)
+    return Step(count, seconds, batch, mfu, work, exchange_gb, exchange_s, host)
+
+
+def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[str, float]:
+    """Seconds of one rank by kind of work, forward, backward and what is computed again."""
+    model, s = config.model, sizes_of(config)
+    flops = forward_flops(
+        model,
+        num_tokens=s.T,
+        sum_squared_lengths=s.T * config.data.seq_len,
+        num_assignments=s.rows // s.etp * model.num_layers,
+    )
+    peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
+    full = config.trainer.activation_checkpointing == "full"
+    blocks = 4 if full else 3  # forward passes' worth
+    lightning = model.num_layers - model.num_softmax_layers
+    # Of 11 tensors that the core moves, forward reads and writes 4.
+    core_bytes = lightning * s.e * s.T * s.i * (15 if full else 11)
+    bandwidth = gpu.memory_gb_per_s * 1e9
+    projections = flops["softmax_projections"] + flops["lightning_projections"]
+    matmul_rate = peak * assume.matmul_share
+    return {
+        "projections": blocks * projections / matmul_rate,
+        "head": 3 * flops["head"] / matmul_rate,
+        "experts": blocks * flops["experts"] / (peak * assume.grouped_share),
+        "router": blocks * flops["router"] / (gpu.fp32_tflops * 1e12 * assume.fp32_share),
+        "softmax core": blocks * flops["softmax_core"] / (peak * assume.softmax_share),
+        "lightning core": core_bytes / (bandwidth * assume.lightning_share),
+        "memory-bound ops": _moved_bytes(config, s, full) / (bandwidth * assume.memory_share),
+    }
+
+
+def _moved_bytes(config: RunConfig, s: Sizes, full: bool) -> int:
+    """Of ops that are bound by memory: each input read once, each output written once.
+
+    Forward and backward numbers a token: norm 2 h + 3 h, deepnorm 3 h + 5 h, residual sum 5 h + 3
+    h, router's cast 3 h + 4 h; SiLU 6 i + 9 i and gated norm 3 i + 5 i; RoPE 2 (i + v) each way;
+    permutation h + k h each way, weighted sum k h + h and h + 2 k h. A row: SwiGLU 3 f + 6 f, sum
+    of gradients 3 h.
+    """
+    again = 2 if full else 1
+    softmax = config.model.num_softmax_layers
+    lightning = config.model.num_layers - softmax
+    forward = s.T * (15 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
+    backward = s.T * (17 + 3 * s.k) * s.h + 6 * s.rows * s.f // s.etp + 3 * s.rows * s.h
+    blocks = config.model.num_layers * (again * forward + backward)
+    blocks += lightning * s.T * s.i * (9 * again + 14)
+    blocks += softmax * s.T * 2 * (s.i + s.v) * (again + 1)
+    return s.e * blocks
+
+
+def _cast_bytes(unit: Unit, count: int) -> int:
+    """Of gathering a unit's weights into copies and its gradients into fp32 buffers, in a step."""
+    gathers, reductions = _times(unit, count)
+    accumulated = 0 if unit.stage >= 2 else (count - 1) * (unit.copy_bytes + 2 * FP32) * unit.whole
+    return (
+        gathers * (FP32 * unit.shard + 3 * unit.copy_bytes * unit.whole)
+        + reductions * (unit.copy_bytes + 2 * FP32) * unit.whole
+        + accumulated
+    )
+
+
+def _times(unit: Unit, count: int) -> tuple[int, int]:
+    """How often a unit's weights are gathered and its gradients reduced in a step."""
+    return (2 * count if unit.stage == 3 else 1), (count if unit.stage >= 2 else 1)
+
+
+Exchange = tuple[str, float, int, int]
+"""Kind, bytes that come to a rank in a step, ranks of the group, distance between neighbours."""
+
+
+def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> Iterator[Exchange]:
+    s, model, parallel = sizes_of(config), config.model, config.parallel
+    split = parallel.ep * parallel.etp
+    for unit in units:
+        gathers, reductions = _times(unit, count)
+        others = (unit.ranks - 1) / unit.ranks
+        if unit.stage == 0:
+            size = 2 * FP32 * unit.whole * others  # an all-reduce: scatter and gather
+        else:
+            size = (gathers * unit.copy_bytes + reductions * FP32) * unit.whole * others
+        yield "ZeRO", size, unit.ranks, split if unit.name == "experts" else 1
+    # Forward and backward; again forward, if a block is computed again.
+    passes = 3 if config.trainer.activation_checkpointing == "full" else 2
+    lightning = model.num_layers - model.num_softmax_layers
+    rows = s.rows // s.etp * s.h * s.e  # of one exchange
+    layers = count * model.num_layers
+    if parallel.ep > 1:
+        size = layers * 2 * passes * rows * (parallel.ep - 1) / parallel.ep
+        yield "rows to experts", size, parallel.ep, parallel.etp
+    if parallel.etp > 1:
+        yield "rows over etp", layers * 2 * passes * rows * (parallel.etp - 1), parallel.etp, 1
+    if parallel.cp > 1:
+        others = parallel.cp - 1
+        keys = others * s.T * 2 * s.v * (s.e * (passes - 1) + FP32)
+        yield "keys and values", count * model.num_softmax_layers * keys, parallel.cp, 1
+        states = others * FP32 * s.state * passes
+        yield "lightning states", count * lightning * states, parallel.cp, 1
+
+
+def _rate(gpu: Gpu, assume: Assumptions, members: int, stride: int, *, spreads: bool) -> float:
+    """Bytes a second that come to a rank of a group.
+
+    Between nodes, gathers and reductions bring a node the same bytes for all of its ranks, which
+    share them by NVLink; where each rank's rows are its own (`spreads`), those of other nodes come
+    by its own link.
+    """
+    nvlink = gpu.nvlink_gb_per_s * 1e9 * assume.nvlink_share
+    network = assume.network_gb_per_s * 1e9 * assume.network_share
+    together = min(members, max(1, NODE // stride))  # in one node
+    if members == together and (members - 1) * stride < NODE:
+        return nvlink
+    if not spreads:
+        return min(nvlink, together * network)
+    away = (members - together) / (members - 1)
+    return 1 / (away / network + (1 - away) / nvlink)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A part of the schedule with one batch size."""
+
+    from_tokens: int
+    tokens: float
+    steps: float
+    step: Step
+
+
+def predict_schedule(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions) -> list[Interval]:
+    """The recipe's schedule, an entry for each batch size that it comes to."""
+    end = total_tokens(config)
+    starts = [0, *(ramp.from_tokens for ramp in config.schedule.batch_ramp)]
+    starts = [start for start in starts if start < end]
+    steps_left: float = config.trainer.max_steps or float("inf")
+    intervals: list[Interval] = []
+    for start, stop in itertools.pairwise([*starts, end]):
+        if steps_left <= 0:
+            break
+        batch = batch_tokens(config, start)
+        steps = min((stop - start) / batch, steps_left)
+        steps_left -= steps
+        step = predict_step(config, gpus, gpu, assume, batch)
+        intervals.append(Interval(start, steps * batch, steps, step))
+    return intervals
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is said about a run on a number of GPUs of one kind."""
+
+    config: RunConfig
+    gpus: int
+    usable_gib: float
+    memory: dict[str, int]
+    """Bytes by part, with the margin."""
+    intervals: list[Interval]
+
+    @property
+    def memory_gib(self) -> float:
+        """Of one rank, with the margin."""
+        return sum(self.memory.values()) / GIB
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU's memory is enough."""
+        return self.memory_gib <= self.usable_gib
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole schedule."""
+        return sum(interval.steps * interval.step.seconds for interval in self.intervals)
+
+    @property
+    def tokens(self) -> float:
+        """Of the whole schedule."""
+        return sum(interval.tokens for interval in self.intervals)
+
+
+def predict_memory(config: RunConfig, gpus: int) -> dict[str, int]:
+    """Bytes by part of a rank's peak, over the batch sizes of the schedule, with the margin."""
+    most = max(micro_batches(config, gpus, size) for size in batch_sizes(config))
+    return add_margin(find_peak(config, gpus, most))
+
+
+def make_plan(
+    config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, usable_gib: float | None = None
+) -> Plan:
+    """The plan of a checked configuration."""
+    memory = predict_memory(config, gpus)
+    usable = gpu.usable_gib if usable_gib is None else usable_gib
+    return Plan(config, gpus, usable, memory, predict_schedule(config, gpus, gpu, assume))
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON; a step's figures are those of the first batch size."""
+    config, gpus = plan.config, plan.gpus
+    units = list_units(config, gpus)
+    count = count_model(config.model)
+    first = plan.intervals[0].step
+    parts = {name: round(size / GIB, 3) for name, size in plan.memory.items()}
+    days = plan.seconds / SECONDS_PER_DAY
+    schedule = [
+        {
+            "from_tokens": interval.from_tokens,
+            "global_batch_tokens": interval.step.tokens,
+            "micro_batches": interval.step.micro_batches,
+            "steps": round(interval.steps),
+            "step_time_s": interval.step.seconds,
+            "mfu": interval.step.mfu,
+            "tokens_per_day": interval.step.tokens / interval.step.seconds * SECONDS_PER_DAY,
+            "days": interval.steps * interval.step.seconds / SECONDS_PER_DAY,
+        }
+        for interval in plan.intervals
+    ]
+    return {
+        "gpus": gpus,
+        "parallel": dataclasses.asdict(config.parallel),
+        "total_params": count.total,
+        "active_params": count.active,
+        "params_per_rank": {
+            "dense": sum(unit.shard for unit in units if unit.name != "experts"),
+            "experts": sum(unit.shard for unit in units if unit.name == "experts"),
+        },
+        "memory_gib_per_rank": {"total": round(plan.memory_gib, 3), **parts},
+        "usable_gib": plan.usable_gib,
+        "fits": plan.fits,
+        "flops_per_token": step_flops(config, 1),
+        "flops_by_kind_per_token": _flops_by_kind(config),
+        "step_time_s": first.seconds,
+        "step_work_s": first.work_s,
+        "step_exchange_gb_per_rank": first.exchange_gb,
+        "step_exchange_s": first.exchange_s,
+        "step_host_s": first.host_s,
+        "mfu": first.mfu,
+        "tokens_per_day": first.tokens / first.seconds * SECONDS_PER_DAY,
+        "days": days,
+        "gpu_hours": gpus * plan.seconds / 3600,
+        "stages": [
+            {
+                "name": "schedule",
+                "seq_len": config.data.seq_len,
+                "tokens": plan.tokens,
+                "days": days,
+                "gpu_hours": gpus * plan.seconds / 3600,
+                "batches": schedule,
+            }
+        ],
+    }
+
+
+def _flops_by_kind(config: RunConfig) -> dict[str, float]:
+    """Forward and backward."""
+    model = config.model
+    parts = forward_flops(
+        model,
+        num_tokens=1,
+        sum_squared_lengths=config.data.seq_len,
+        num_assignments=model.num_experts_per_token * model.num_layers,
+    )
+    return {kind: 3 * flops for kind, flops in parts.items()}
+
+
+Change = tuple[str, Any]
+
+
+def changed(config: RunConfig, changes: list[Change]) -> RunConfig:
+    """A copy with these `group.key` values."""
+    new = copy.deepcopy(config)
+    for key, value in changes:
+        group, name = key.split(".")
+        setattr(getattr(new, group), name, value)
+    return new
+
+
+def _is_valid(config: RunConfig, gpus: int) -> bool:
+    try:
+        check_config(config, gpus)
+        list_units(config, gpus)
+    except ValueError:
+        return False
+    return True
+
+
+def suggest(config: RunConfig, gpus: int, usable_gib: float) -> list[Change] | None:
+    """The fewest changes, and of those the first in this order, with which the run fits."""
+    parallel, trainer = config.parallel, config.trainer
+    dims: list[list[Change | None]] = [
+        [None, *(("parallel.ep", ep) for ep in _divisors(config.model.num_experts))],
+        [None, ("trainer.activation_checkpointing", "full")],
+        [None, ("parallel.zero_stage", 3)],
+        [None, *(("trainer.micro_batch_tokens", n * config.data.seq_len) for n in (4, 2, 1))],
+        [None, ("parallel.cp", 2), ("parallel.cp", 4), ("parallel.cp", 8)],
+    ]
+    now = {
+        "parallel.ep": parallel.ep,
+        "parallel.zero_stage": parallel.zero_stage,
+        "parallel.cp": parallel.cp,
+        "trainer.activation_checkpointing": trainer.activation_checkpointing,
+        "trainer.micro_batch_tokens": trainer.micro_batch_tokens,
+    }
+    choices = []
+    for picked in itertools.product(*reversed(dims)):  # the first varies fastest
+        changes = [change for change in reversed(picked) if change is not None]
+        grows = any(
+            not isinstance(value, str) and key != "trainer.micro_batch_tokens" and value < now[key]
+            for key, value in changes
+        )
+        smaller = all(
+            value < now[key] for key, value in changes if key == "trainer.micro_batch_tokens"
+        )
+        if smaller and not grows and all(now[key] != value for key, value in changes):
+            choices.append(changes)
+    for changes in sorted(choices, key=len):
+        candidate = changed(config, changes)
+        if not _is_valid(candidate, gpus):
+            continue
+        if sum(predict_memory(candidate, gpus).values()) / GIB <= usable_gib:
+            return changes
+    return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def search(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions) -> list[Plan]:
+    """The five fastest plans that fit, over meshes and ZeRO stages of this many GPUs, by their
+    first steps."""
+    found: list[tuple[float, float, RunConfig]] = []
+    for cp, ep, etp, dense, experts in itertools.product(
+        (1, 2, 4, 8), _divisors(config.model.num_experts), (1, 2, 4, 8), (1, 2, 3), (1, 2, 3)
+    ):
+        changes: list[Change] = [("parallel.cp", cp), ("parallel.ep", ep), ("parallel.etp", etp)]
+        changes += [("parallel.zero_stage", dense), ("parallel.expert_zero_stage", experts)]
+        candidate = changed(config, changes)
+        if not _is_valid(candidate, gpus):
+            continue
+        if sum(predict_memory(candidate, gpus).values()) / GIB > gpu.usable_gib:
+            continue
+        batch = config.data.global_batch_tokens
+        step = predict_step(candidate, gpus, gpu, assume, batch)
+        # Where the host is the limit, those with least else to wait for come first.
+        rest = sum(step.work_s.values()) + sum(step.exchange_s.values())
+        found.append((step.seconds, rest, candidate))
+    fastest = sorted(found, key=lambda one: one[:2])[:5]
+    return [make_plan(candidate, gpus, gpu, assume) for *_, candidate in fastest]
