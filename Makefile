@@ -42,7 +42,7 @@ $(DATA)/manifest.json: | $(STAMP)
 		validation_fraction=0.05 input="[$$($(BIN)/python launch/stdlib_sources.py)]"
 
 pretrain: $(STAMP) data  ## train a small Text-01 on real text, then let it write a few lines
-	@echo "== training runs/text01_tiny/$(RUN_ID) with $(PROCESSES) processes (about four minutes)"
+	@echo "== training runs/text01_tiny/$(RUN_ID) with $(PROCESSES) processes (about five minutes)"
 	@$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/pretrain.py \
 		recipe=text01_tiny run_id=$(RUN_ID) parallel.cp=$(CP) parallel.ep=$(EP) $(ARGS)
 	@$(BIN)/python launch/generate.py run=runs/text01_tiny/$(RUN_ID)
