@@ -20,7 +20,7 @@ from support.interpreter import (
 from test_lightning import boundaries, recurrence
 from torch import Tensor
 
-from fulmen.kernels.lightning import launch
+from fulmen.kernels.lightning import launch, op
 from fulmen.kernels.lightning.launch import (
     _attend,
     _attend_backward,
@@ -276,6 +276,23 @@ def test_cutting_changes_rounding_only() -> None:
         assert results[0][1] is not None
         assert_near(out, results[0][0], 1e-6, "output")
         assert_near(final, results[0][1], 1e-6, "final state")
+
+
+@on_kernels
+def test_packed_documents_with_states_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public op calls the kernels for each document."""
+    monkeypatch.setattr(op, "why_not", lambda q: "")  # also in the interpreter
+    lengths = [70, 0, 1, 65]
+    (q, k, v, _), slopes, bounds = make_inputs(lengths)
+    states = torch.randn(4, 2, 16, 16, generator=torch.Generator().manual_seed(1))
+    leaves = [q, k, v, states.to(DEVICE).requires_grad_()]
+    out, final = op.lightning_attention(
+        q, k, v, slopes, cu_seqlens=bounds, initial_state=leaves[3], output_final_state=True
+    )
+    assert final is not None
+    wanted_leaves = exact(leaves)
+    wanted = recurrence(*wanted_leaves[:3], slopes.cpu().double(), lengths, wanted_leaves[3])
+    compare([out, final], list(wanted), leaves, wanted_leaves, TOLERANCE[torch.float32])
 
 
 @on_kernels

@@ -4,34 +4,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.tiny import tiny_model
+from support.tiny import tiny_engine
 from support.worlds import run_world
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fulmen.models.config import MoEConfig
 from fulmen.models.text import TextModel
 from fulmen.parallel.audit import audit
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import build_mesh
-from fulmen.parallel.plan import parallelize
 from fulmen.parallel.seams import fill_seam, filled_with
 from fulmen.parallel.zero import ZeroEngine
 
 
 def build(device: torch.device, config: ParallelConfig) -> tuple[TextModel, ZeroEngine]:
-    with torch.device("meta"):
-        model = TextModel(tiny_model(), MoEConfig())
-    engine = parallelize(
-        model,
-        build_mesh(config, device),
-        config,
-        dtype=torch.float32,
-        activation_checkpointing="full",
-        compile_blocks=False,
-        seed=0,
-    )
-    return model, engine
+    return tiny_engine(device, config, activation_checkpointing="full")
 
 
 def without(path: str, seam: str) -> Callable[[TextModel], None]:

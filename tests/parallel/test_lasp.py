@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from support.tiny import tiny_config, tiny_model
 from support.worlds import run_world
+from test_sequence import DOCUMENTS
 from torch import Tensor
 
 from fulmen.kernels.lightning import lightning_attention
@@ -38,15 +39,7 @@ def random_lengths(seed: int) -> list[int]:
     return [b - a for a, b in zip([0, *cuts], [*cuts, TOKENS], strict=True)]
 
 
-DOCUMENTS = [
-    [48],
-    [1, 46, 1],  # one longer than all ranks but one
-    [12, 12, 12, 12],  # boundaries on the cut points of four ranks
-    [5, 19, 1, 23],
-    [30, 0, 18],
-    [1] * 48,
-    *map(random_lengths, range(10)),
-]
+ROWS = [*DOCUMENTS, *map(random_lengths, range(10))]
 
 
 def inputs_of(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -107,7 +100,7 @@ def errors_of(parts: list[list[list[Tensor]]], cases: list[list[int]]) -> list[l
 
 def with_both_variants(device: torch.device) -> dict[Any, list[list[Tensor]]]:
     return {
-        (variant, dtype): on_this_rank(DOCUMENTS, dtype, variant)
+        (variant, dtype): on_this_rank(ROWS, dtype, variant)
         for variant in EXCHANGES
         for dtype in TOLERANCES
     }
@@ -120,8 +113,8 @@ def test_a_part_equals_one_rank(size: int) -> None:
     for (variant, dtype), tolerance in [
         ((variant, dtype), TOLERANCES[dtype]) for variant, dtype in ranks[0]
     ]:
-        errors = errors_of([rank[variant, dtype] for rank in ranks], DOCUMENTS)
-        for lengths, found in zip(DOCUMENTS, errors, strict=True):
+        errors = errors_of([rank[variant, dtype] for rank in ranks], ROWS)
+        for lengths, found in zip(ROWS, errors, strict=True):
             assert max(found) <= tolerance, (variant, dtype, lengths, found)
 
 

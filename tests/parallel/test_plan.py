@@ -2,46 +2,26 @@
 
 from functools import partial
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
-from support.tiny import tiny_model
+from support.tiny import tiny_engine
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard
 
-from fulmen.models.config import MoEConfig
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import Mesh, build_mesh
-from fulmen.parallel.plan import parallelize
 from fulmen.parallel.zero import ZeroEngine
 
 pytestmark = pytest.mark.fast
 
 
-def build(
-    device: torch.device,
-    *,
-    activation_checkpointing: str = "none",
-    compile_blocks: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[TextModel, ZeroEngine]:
-    config = ParallelConfig(zero_stage=3)
-    with torch.device("meta"):
-        model = TextModel(tiny_model(), MoEConfig())
-    engine = parallelize(
-        model,
-        build_mesh(config, device),
-        config,
-        dtype=dtype,
-        activation_checkpointing=activation_checkpointing,
-        compile_blocks=compile_blocks,
-        seed=0,
-    )
-    return model, engine
+def build(device: torch.device, **options: Any) -> tuple[TextModel, ZeroEngine]:
+    return tiny_engine(device, ParallelConfig(zero_stage=3), **options)
 
 
 def test_every_layer_and_its_experts_are_units(one_rank: torch.device) -> None:

@@ -16,8 +16,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fulmen.data.config import DataConfig, PrepareConfig, SourceConfig
 from fulmen.data.prepare import prepare
-from fulmen.models.config import ModelConfig
+from fulmen.models.config import ModelConfig, MoEConfig
+from fulmen.models.text import TextModel
 from fulmen.parallel.config import ParallelConfig
+from fulmen.parallel.mesh import build_mesh
+from fulmen.parallel.plan import parallelize
+from fulmen.parallel.zero import ZeroEngine
 from fulmen.trainer.config import (
     EvaluationConfig,
     OptimConfig,
@@ -50,6 +54,30 @@ def tiny_model(**changes: int) -> ModelConfig:
         "softmax_every": 2,
     }
     return ModelConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def tiny_engine(
+    device: torch.device,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    activation_checkpointing: str = "none",
+    compile_blocks: bool = False,
+    seed: int = 0,
+) -> tuple[TextModel, ZeroEngine]:
+    """`tiny_model` spread over the ranks of this world."""
+    with torch.device("meta"):
+        model = TextModel(tiny_model(), MoEConfig())
+    engine = parallelize(
+        model,
+        build_mesh(parallel, device),
+        parallel,
+        dtype=dtype,
+        activation_checkpointing=activation_checkpointing,
+        compile_blocks=compile_blocks,
+        seed=seed,
+    )
+    return model, engine
 
 
 def tiny_config(data: str | Path, *, max_steps: int = 6) -> RunConfig:

@@ -5,15 +5,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from support.tiny import tiny_model
+from support.tiny import tiny_engine, tiny_model
 from torch import Tensor, nn
 
 from fulmen.models.config import MoEConfig
 from fulmen.models.init import init_model
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import build_mesh
-from fulmen.parallel.plan import parallelize
 from fulmen.parallel.zero import ZeroEngine
 from fulmen.trainer.config import OptimConfig
 from fulmen.trainer.optim import Optimizer, build_optimizer
@@ -66,19 +64,7 @@ def fake_apex(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(device: torch.device) -> tuple[TextModel, ZeroEngine]:
-    parallel = ParallelConfig(zero_stage=1)
-    with torch.device("meta"):
-        model = TextModel(tiny_model(), MoEConfig())
-    engine = parallelize(
-        model,
-        build_mesh(parallel, device),
-        parallel,
-        dtype=torch.float32,
-        activation_checkpointing="none",
-        compile_blocks=False,
-        seed=5,
-    )
-    return model, engine
+    return tiny_engine(device, ParallelConfig(zero_stage=1), seed=5)
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import ROOT, compose_config, tiny_config, tiny_model
+from support.tiny import ROOT, compose_config, tiny_config, tiny_engine, tiny_model
 from support.worlds import run_world
 from torch.distributed.fsdp import FSDPModule
 
-from fulmen.models.config import ModelConfig, MoEConfig
+from fulmen.models.config import ModelConfig
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import build_mesh
-from fulmen.parallel.plan import _checkpoint_activations, parallelize
+from fulmen.parallel.plan import _checkpoint_activations
 from fulmen.trainer import run
 from fulmen.trainer.config import OptimConfig, RunConfig
 from fulmen.trainer.flops import device_peak
@@ -206,17 +205,7 @@ def held_bytes(device: torch.device, meshes: list[dict[str, Any]]) -> list[dict[
     result = []
     for values in meshes:
         parallel = ParallelConfig(**values)
-        with torch.device("meta"):
-            model = TextModel(tiny_model(), MoEConfig())
-        engine = parallelize(
-            model,
-            build_mesh(parallel, device),
-            parallel,
-            dtype=torch.bfloat16,
-            activation_checkpointing="none",
-            compile_blocks=False,
-            seed=0,
-        )
+        model, engine = tiny_engine(device, parallel, dtype=torch.bfloat16)
         optimizer = Optimizer(engine, OptimConfig(lr=1e-3))
         weights = sum(p.to_local().nbytes for p in engine.parameters.values())
         moments = sum(m.to_local().nbytes for _, m in optimizer.named_moments())
