@@ -84,7 +84,8 @@ def _layer_rows(model: nn.Module, config: ParallelConfig) -> list[Row]:
         if getattr(module, "global_router", False):
             shared = {"allowance": "has a global router"}
             key = "moe.global_router"
-            experts = "; ".join([_seams(name, module, shared, spread=True, key=key), experts])
+            plans = [_seams(name, module, shared, spread=True, key=key), experts]
+            experts = "; ".join(filter(None, plans))
         row = (kind.__name__, tokens or "each by itself", experts or "-")
         numbers[row] = numbers.get(row, 0) + 1
     return [(kind, str(number), *plan) for (kind, *plan), number in numbers.items()]

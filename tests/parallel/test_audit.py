@@ -9,6 +9,7 @@ from support.worlds import run_world
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fulmen.models.config import MoEConfig
 from fulmen.models.text import TextModel
 from fulmen.parallel.audit import audit
 from fulmen.parallel.config import ParallelConfig
@@ -158,3 +159,15 @@ def test_a_seam_without_a_note_has_the_functions_name(one_rank: torch.device) ->
     assert filled_with(layer, "attend") == "a note"
     layer.attend = DTensor.from_local  # the note is of the one before
     assert filled_with(layer, "attend") == "from_local"
+
+
+@pytest.mark.fast
+def test_a_global_router_left_local_stops_the_run(one_rank: torch.device) -> None:
+    config = ParallelConfig()
+    moe = MoEConfig(capacity_factor=1.0, global_router=True)
+    model, engine = tiny_engine(one_rank, config, moe=moe)
+    moe_rows = [row for row in cells(audit(model, engine, config)) if row[0] == "MoE"]
+    assert [row[3] for row in moe_rows] == ["capacity shared by all ranks"]
+    without("layers.1.block_sparse_moe", "allowance")(model)
+    with pytest.raises(TypeError, match=r"layers\.1\.block_sparse_moe .*moe\.global_router"):
+        audit(model, engine, config)

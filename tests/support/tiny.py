@@ -64,10 +64,11 @@ def tiny_engine(
     activation_checkpointing: str = "none",
     compile_blocks: bool = False,
     seed: int = 0,
+    moe: MoEConfig | None = None,
 ) -> tuple[TextModel, ZeroEngine]:
     """`tiny_model` spread over the ranks of this world."""
     with torch.device("meta"):
-        model = TextModel(tiny_model(), MoEConfig())
+        model = TextModel(tiny_model(), moe or MoEConfig())
     engine = parallelize(
         model,
         build_mesh(parallel, device),
