@@ -34,6 +34,8 @@ class GenerateConfig:
     """Of the sampling."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    chunk_tokens: int = 32_768
+    """Tokens of a prompt that are read at a time."""
 
 
 def sample(config: GenerateConfig) -> None:
@@ -69,6 +71,7 @@ def sample(config: GenerateConfig) -> None:
             top_k=config.top_k,
             generator=generator,
             stop_id=stop_id,
+            chunk_tokens=config.chunk_tokens,
         )
         samples.append(prompt + tokenizer.decode(new_ids))
         print(f"--------\n{samples[-1]}")
