@@ -1,28 +1,10 @@
 """Text from a checkpoint: recurrent states in lightning layers, a KV cache in softmax layers."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from fulmen.models.config import MoEConfig
 from fulmen.models.text import TextModel
 from fulmen.trainer.prefill import CHUNK_TOKENS, Reader
-from fulmen.trainer.weights import CheckpointWeights, load_model_config
-
-
-def load_model(checkpoint: Path, *, dtype: torch.dtype, device: torch.device) -> TextModel:
-    """The model of a checkpoint folder, on one device; routing is dropless, as in inference."""
-    config = load_model_config(checkpoint)
-    with torch.device("meta"):
-        model = TextModel(config, MoEConfig())
-    weights = CheckpointWeights(checkpoint)
-    # One tensor at a time, so that host memory holds no second copy of the model.
-    state = {
-        name: weights.read(name, dtype=dtype).to(device) for name, _ in model.named_parameters()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """A text through the model in pieces, so that its length costs little memory; no gradients.
 
-From one piece to the next go, in a `Cache`, a state of fixed size in every lightning layer, and keys
+From one piece to the next go, in a `Cache`, a state of fixed size in every lightning layer and keys
 and values in the softmax layers. Logits are formed only where they are asked for. With `mesh.cp`
 above 1 the ranks that share a row read one text together: see `parallel/prompt.py`.
 """
@@ -138,15 +138,17 @@ class Reader:
         own = ids[here.start - offset : here.stop - offset].to(self.device)
         first = here.start - piece.start
         part = PromptPart(self.rank, self.ranks, piece.is_shared) if self.ranks > 1 else None
-        output = self.model(
-            own[None],
-            labels=None if labels is None else labels.to(self.device)[None],
-            cache=cache,
-            positions=torch.arange(first, first + len(own), device=self.device),
-            row_part=part,
-            num_logits=num_logits,
-            per_token=labels is not None,
-        )
+        # A compiled block would be compiled anew for every number of keys.
+        with torch.compiler.set_stance("force_eager"):
+            output = self.model(
+                own[None],
+                labels=None if labels is None else labels.to(self.device)[None],
+                cache=cache,
+                positions=torch.arange(first, first + len(own), device=self.device),
+                row_part=part,
+                num_logits=num_logits,
+                per_token=labels is not None,
+            )
         assert isinstance(output, Tensor)
         cache.num_tokens = piece.end  # the model has counted this rank's alone
         return output

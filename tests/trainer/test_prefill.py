@@ -95,7 +95,7 @@ def test_keys_lie_where_they_were_put() -> None:
     assert held.views()[0].data_ptr() == first  # room for 10 was made at once
     for part in parts[2:]:
         for kv in (held, twin):
-            k, v = kv.append(part, -part)
+            kv.append(part, -part)
     for kv in (held, twin):
         assert kv.num_tokens == 70
         assert torch.equal(kv.views()[0], torch.cat(parts, 1))
