@@ -1,4 +1,4 @@
-"""What a checkpoint makes of long texts: `python launch/evaluate.py run=RUN_FOLDER [key=value ...]`.
+"""What a checkpoint makes of long texts: `python launch/evaluate.py run=FOLDER [key=value ...]`.
 
 Over several processes: `torchrun --nproc-per-node 4 launch/evaluate.py run=... parallel.cp=4`.
 Keys and their defaults: recipes/evaluate.yaml. Tasks: docs/evaluation.md.

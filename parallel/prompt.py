@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fulmen.kernels.attention import Merged
 from fulmen.kernels.lightning import closing_state, combine_states, part_forward
-from fulmen.models.layers import Cache, Context, decay_slopes
+from fulmen.models.layers import Cache, Context, KeyValues, decay_slopes
 from fulmen.models.lightning import LightningAttention
 from fulmen.parallel.collectives import all_gather
 from fulmen.parallel.progress import exchange
@@ -94,8 +94,7 @@ def _attend_spread(
     with exchange("queries of a prompt", group):
         all_gather(queries, q.contiguous(), group=group)
     merged = Merged(queries)
-    if held.num_tokens:
-        merged.add(*(x[0] for x in held.views()))
+    _add_held(merged, held)
     held.append(k, v)
     end = (part.rank + 1) * tokens
     merged.add_causal(k[0], v[0], slice(end - tokens, end))
@@ -118,8 +117,7 @@ def _attend_shared(
     cache: Cache,
 ) -> Tensor:
     held, merged = cache.of_layer(layer), Merged(q)
-    if held.num_tokens:
-        merged.add(*(x[0] for x in held.views()))
+    _add_held(merged, held)
     if cache.num_tokens % part.size == part.rank:
         held.append(k, v)
         merged.add_causal(k[0], v[0])
@@ -128,6 +126,13 @@ def _attend_shared(
     with exchange("attention of a prompt", group):
         all_gather(gathered.flatten(0, 1), own, group=group)
     return gathered
+
+
+def _add_held(merged: Merged, held: KeyValues) -> None:
+    """All keys that this rank keeps lie before the queries."""
+    if held.num_tokens:
+        k, v = held.views()
+        merged.add(k[0], v[0])
 
 
 def _joined(merged: Merged) -> Tensor:
