@@ -54,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "step_tokens": 65536,
     "lr": 2e-3,
     "warmup_steps": 100,
-    "keys": 1024,
+    "num_keys": 1024,
     "seed": 0,
     "dtype": "bfloat16",
     "workers": 6,
@@ -114,7 +114,7 @@ class Rows:
             length = int(chance.choice(lengths[:-1])) if older else lengths[-1]
             rows = max(1, self.options.step_tokens // length)
             seed = next(self.seeds)
-            waiting.append(self.pool.submit(make_rows, self.options.keys, length, rows, seed))
+            waiting.append(self.pool.submit(make_rows, self.options.num_keys, length, rows, seed))
             if len(waiting) > 2 * self.options.workers:
                 yield waiting.popleft().result()
 
@@ -127,7 +127,7 @@ class Training:
         torch.manual_seed(options.seed)
         self.device = join_world()
         self.mesh = build_mesh(ParallelConfig(), self.device)
-        vocab_size = -(-Words(num_keys=options.keys).vocab_size // 64) * 64
+        vocab_size = -(-Words(num_keys=options.num_keys).vocab_size // 64) * 64
         every = SOFTMAX_EVERY[options.model]
         config = ModelConfig(**options.shape, vocab_size=vocab_size, softmax_every=every)
         with torch.device("meta"):
@@ -160,7 +160,9 @@ class Training:
         recent, said = deque[float](maxlen=20), time.monotonic()
         is_last = len(lengths) == len(self.options.lengths)
         for ids, labels in rows.of(lengths):
-            recent.append(self._step(ids, labels))
+            loss = self._step(ids, labels)
+            if ids.shape[1] == lengths[-1]:
+                recent.append(loss)
             now, mean = time.monotonic(), sum(recent) / len(recent)
             learnt = not is_last and len(recent) == recent.maxlen and mean < self.options.enough
             if now - said > 5 or learnt or now > deadline:
@@ -207,7 +209,9 @@ def climb(training: Training, output: Path) -> dict[int, dict[float, float]]:
             ladder.append(2 * ladder[-1])
     training.model.eval()
     reader = Reader(training.model, chunk_tokens=options.chunk_tokens, mesh=training.mesh)
-    language, found = Words(num_keys=options.keys), {}
+    language = Words(num_keys=options.num_keys)
+    found: dict[int, dict[float, float]] = {}
+    details: dict[str, dict[str, int]] = {}
     started = time.monotonic()
     for length in ladder:
         if time.monotonic() - started > options.evaluation_seconds:
@@ -217,7 +221,10 @@ def climb(training: Training, output: Path) -> dict[int, dict[float, float]]:
         scores = score_cells(
             reader, language, cells, samples=options.samples, seed=1, mesh=training.mesh
         )
-        found[length] = {c.depth: s.accuracy for c, s in zip(cells, scores, strict=True)}
+        found[length] = {}
+        for cell, score in zip(cells, scores, strict=True):
+            found[length][cell.depth] = score.accuracy
+            details[f"{length}/{cell.depth:.2f}"] = asdict(score)
         mean = sum(found[length].values()) / len(cells)
         print(json.dumps({"length": length, "accuracy": mean}), flush=True)
         facts = {
@@ -228,10 +235,9 @@ def climb(training: Training, output: Path) -> dict[int, dict[float, float]]:
             "tokens": training.tokens,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "accuracy": found,
-            "cells": {},
+            "cells": details,
             "options": OmegaConf.to_container(options),
         }
-        facts["cells"] |= {f"{c.length}/{c.depth:.2f}": asdict(s) for c, s in zip(cells, scores)}  # noqa: B905
         (output / "results.json").write_text(json.dumps(facts, indent=1))
         title = f"one needle, {options.model} model"
         draw_heat_map(output / "heat_map.png", found, title=title, trained_length=longest)

@@ -31,7 +31,7 @@ from fulmen.trainer.long_context.tasks import (
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
 
-LANGUAGE = Words(num_keys=64, num_values=64, num_fillers=32)
+LANGUAGE = Words(num_keys=64, num_fillers=32)
 CELLS = [Cell(task, length, depth) for task in TASKS for length in (200, 301) for depth in (0, 1)]
 
 
