@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fulmen.data.shards import IntArray
+
 END_OF_DOCUMENT = "<end_of_document>"
 KINDS = ("needle", "multi_value", "tracking", "passage")
 _CITY_NAMES = (
@@ -29,15 +31,22 @@ _CITY_NAMES = (
     "Valencia Vancouver Venice Vienna Vilnius Warsaw Wellington Yerevan Zagreb Zurich"
 )
 _CITIES = _CITY_NAMES.split()
+# A passage is asked for by so many of its first words.
+_QUOTED_WORDS = 10
 _DISTRICTS = ["", "old ", "new ", "upper ", "lower ", "inner ", "outer ", "little ", "great "]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """A stretch of text and its tokens."""
 
     text: str
-    num_tokens: int
+    ids: IntArray
+
+    @property
+    def num_tokens(self) -> int:
+        """How many."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Language(Protocol):
     """Least and most tokens of a document for each exercise in it."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece."""
+        """Token ids of a text."""
         ...
 
     def haystack(
@@ -73,11 +82,16 @@ class Language(Protocol):
 
 
 class Exercises(Protocol):
-    """Makes exercises until its keys and values are used up."""
+    """Makes exercises until its keys, values or passages are used up."""
 
     def make(self, kind: str) -> Exercise | None:
-        """The next exercise of a kind; None when there are no unused keys or values."""
+        """The next exercise of a kind; None when there is nothing left to make it of."""
         ...
+
+
+def piece_of(language: Language, text: str) -> Piece:
+    """A text with its tokens."""
+    return Piece(text, np.array(language.encode(text), np.int64))
 
 
 class Words:
@@ -101,7 +115,7 @@ class Words:
         self._book = []
         for _ in range(64):
             sentence = book.choice(self.fillers, book.integers(6, 17)).tolist()
-            self._book.append(Piece(" ".join(sentence) + " . ", len(sentence) + 1))
+            self._book.append(piece_of(self, " ".join(sentence) + " . "))
         self._book_tokens = np.array([sentence.num_tokens for sentence in self._book])
 
     @property
@@ -116,7 +130,7 @@ class Words:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece."""
+        """Token ids of a text."""
         return [self._ids[word] for word in text.split()]
 
     def haystack(
@@ -131,7 +145,7 @@ class Words:
         left = num_tokens - (int(ends[whole - 1]) if whole else 0)
         if left:
             words = self._book[chosen[whole]].text.split()[-left:]
-            pieces.append(Piece(" ".join(words) + " ", left))
+            pieces.append(piece_of(self, " ".join(words) + " "))
         return pieces
 
     def exercises(self, rng: np.random.Generator) -> "Exercises":
@@ -187,21 +201,24 @@ class Prose:
         cut = [piece for text in texts for piece in _cut_text(text)]
         encoded = tokenizer.encode_batch_fast(cut, add_special_tokens=False)
         self._pieces = [
-            Piece(text, len(one.ids)) for text, one in zip(cut, encoded, strict=True) if one.ids
-        ]
-        # What is quoted must be long enough, and must not be found twice.
-        counts = Counter(piece.text for piece in self._pieces)
-        self.passages = [
-            piece.text
-            for piece in self._pieces
-            if counts[piece.text] == 1 and len(piece.text.split()) >= 24
+            Piece(text, np.array(one.ids, np.int64))
+            for text, one in zip(cut, encoded, strict=True)
+            if one.ids
         ]
         if not self._pieces:
-            raise ValueError("the haystack's texts hold no words: give other texts as input")
+            raise ValueError("input: the haystack's texts hold no words: give other texts")
         self._filler = self._find_filler()
+        # What is quoted must be long enough, and its beginning must not be found twice.
+        begins = [tuple(piece.text.split()[:_QUOTED_WORDS]) for piece in self._pieces]
+        times = Counter(begins)
+        self.passages = [
+            piece.text
+            for piece, begin in zip(self._pieces, begins, strict=True)
+            if times[begin] == 1 and len(piece.text.split()) >= 24
+        ]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece."""
+        """Token ids of a text."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -241,16 +258,16 @@ class Prose:
 
     def _cut(self, piece: Piece, num_tokens: int) -> Piece:
         words = piece.text.split()[:num_tokens]
-        while words:
+        while True:
             text = " ".join(words)
             missing = num_tokens - 1 - len(self.encode(text))
             if missing >= 0:
-                text += self._filler * missing + "\n"
-                if len(self.encode(text)) == num_tokens:
-                    return Piece(text, num_tokens)
+                filled = piece_of(self, text + self._filler * missing + "\n")
+                if filled.num_tokens == num_tokens:
+                    return filled
+            if not words:
+                return piece_of(self, self._filler * num_tokens)
             words = words[: len(words) - max(1, -missing // 8)]
-        # Too little room for a word.
-        return Piece(self._filler * num_tokens, num_tokens)
 
 
 class _ProseExercises:
@@ -299,9 +316,10 @@ class _ProseExercises:
         self._quoted.add(number)
         words = self._passages[number].split()
         # Quoted as one line, whatever the passage's line ends are.
-        question = f'Question: How does the passage above go on that says "{" ".join(words[:10])}'
-        question += '"? Answer: It goes on with:'
-        answer = f" {' '.join(words[10:22])}"
+        quoted, rest = words[:_QUOTED_WORDS], words[_QUOTED_WORDS : _QUOTED_WORDS + 12]
+        question = f'Question: How does the passage above go on that says "{" ".join(quoted)}"? '
+        question += "Answer: It goes on with:"
+        answer = f" {' '.join(rest)}"
         return Exercise(kind, (self._passages[number],), question, answer, "\n")
 
     def _value(self) -> str:
