@@ -51,14 +51,14 @@ DEFAULTS: dict[str, Any] = {
     "lengths": [512, 2048, 8192, 32768],
     "shares": [0.3, 0.2, 0.2, 0.3],
     "enough": 0.02,
-    "step_tokens": 65536,
+    "step_tokens": [16384, 32768, 65536, 65536],  # of each length
     "lr": 1.5e-3,
     "warmup_steps": 100,
     "num_keys": 1024,
     "spacing": [24, 128],  # least and most tokens for each question
     "seed": 0,
     "dtype": "bfloat16",
-    "workers": 6,
+    "workers": 8,
     "depths": 11,
     "samples": 4,
     "ladder": None,  # null = from the shortest length to 4 times the longest, doubling
@@ -116,7 +116,8 @@ class Rows:
         for turn in itertools.count():
             older = turn % 2 and len(lengths) > 1
             length = int(chance.choice(lengths[:-1])) if older else lengths[-1]
-            rows = max(1, self.options.step_tokens // length)
+            step_tokens = self.options.step_tokens[list(self.options.lengths).index(length)]
+            rows = max(1, step_tokens // length)
             seed = next(self.seeds)
             texts = self.options.num_keys, tuple(self.options.spacing), length, rows, seed
             waiting.append(self.pool.submit(make_rows, *texts))
