@@ -10,19 +10,25 @@ source benchmarks/session.sh
 large="addresses or 32_bits"
 
 tests() { # side by side; what needs most of the memory is left to `large`
-    run sanitize 240 "compute-sanitizer --tool memcheck --error-exitcode 1 python3 benchmarks/sanitize.py" 9 &
+    tune &
+    run sanitize 235 "compute-sanitizer --tool memcheck --error-exitcode 1 python3 benchmarks/sanitize.py" 9 &
     for file in ${TESTS:-tests/kernels/test_*.py tests/trainer}; do
         grep -rq "gpu" "$file" || continue
         run "$(basename "$file" .py)" 200 "$pytest $file -k 'not ($large)'" 4 &
     done
     wait
 }
+tune() { # fla compiles some two hundred variants, minutes of work; they are kept for `rivals`
+    FLA_CACHE_RESULTS=0 run tune_fla 235 "python3 benchmarks/kernels.py 'ops=[lightning]' 'lengths=[32768]' 'providers=[fla]' documents=0 seconds=0.05 output=/tmp/tune" 2
+}
 large() { run large 200 "$pytest tests/kernels -k '$large'" 10; }
 lightning() { run lightning 150 "python3 benchmarks/kernels.py 'ops=[lightning]' 'lengths=[${LENGTHS:-2048,8192,32768,131072,1048576}]' rivals=false seconds=0.2 steady_s=${STEADY:-1} output=$out/lightning" 40; }
 losses() { run losses 200 "python3 benchmarks/kernel_losses.py output=$out/losses.json" 3; }
 kernels() { run kernels 260 "python3 benchmarks/kernels.py 'lengths=[8192,32768]' rivals=false budget_s=${BUDGET:-230} output=$out/kernels" 120; }
-rivals() { # the slow ones last: fla tunes itself for minutes
-    run rivals 560 "python3 benchmarks/kernels.py 'lengths=[${LENGTHS:-8192}]' 'ops=[${OPS:-cross_entropy,norm,gated_norm,silu_qkv,swiglu,rope,permute,experts,lightning}]' seconds=0.15 budget_s=${BUDGET:-500} output=$out/rivals" 150
+rivals() { # at the shapes of the goals
+    run rivals_lightning 130 "python3 benchmarks/kernels.py 'lengths=[32768,1048576]' 'ops=[lightning]' 'providers=[fulmen triton,fla]' seconds=0.15 budget_s=110 output=$out/rivals_lightning" 40
+    run rivals_products 110 "python3 benchmarks/kernels.py 'lengths=[8192]' 'ops=[cross_entropy,experts]' seconds=0.15 budget_s=90 output=$out/rivals_products" 60
+    run rivals_memory 110 "python3 benchmarks/kernels.py 'lengths=[32768]' 'ops=[norm,gated_norm,silu_qkv,swiglu,rope,permute]' seconds=0.1 budget_s=90 output=$out/rivals_memory" 90
 }
 steps() {
     run step_1b 110 "python3 benchmarks/train_step.py model=text01_1b steps=50 output=$out/step_1b.jsonl"
