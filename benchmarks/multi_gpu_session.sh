@@ -24,7 +24,10 @@ tests() {
     wait
 }
 sequence() { run sequence 80 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[lightning]'" 14; }
-softmax() { run softmax 90 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[softmax]' 'lengths=[32768,131072,524288]'" 14; }
+softmax() { # two heads at a million tokens, where eight would take minutes
+    run softmax 90 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[softmax]' 'lengths=[32768,131072,524288]'" 14
+    run softmax_1m 90 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[softmax]' 'lengths=[1048576]' softmax_heads=2 seconds=0.1" 5
+}
 experts() { run experts 80 "$(ranks 2) benchmarks/experts_over_ranks.py ep=2 model=text01_3b layers=8 'groups=[1,2]'; $(ranks 2) benchmarks/experts_over_ranks.py etp=2 'groups=[1,2]' model=text01_3b" 8; }
 steps() {
     local step="benchmarks/train_step.py model=text01_1b rival=false steps=15 profile=true"
@@ -39,6 +42,8 @@ steps() {
     run long_dp2 40 "$(ranks 2) $long" 1
     run long_cp2 40 "$(ranks 2) $long parallel.cp=2" 1
     run long_cp2_lasp 40 "$(ranks 2) $long parallel.cp=2 parallel.lightning_attention=lasp" 1
+    run longer_dp2 40 "$(ranks 2) $long micro_batch_tokens=65536" 1
+    run longer_cp2 40 "$(ranks 2) $long micro_batch_tokens=65536 parallel.cp=2" 1
 }
 
 [ $# -gt 0 ] || set -- tests softmax experts steps sequence
