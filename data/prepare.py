@@ -19,15 +19,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from fulmen.data.buckets import length_histogram
 from fulmen.data.config import PrepareConfig
 from fulmen.data.reading import InputFile, check_parquet, input_signature, list_input, read_chunks
 from fulmen.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, file_sha256, read_manifest
 from fulmen.data.tokenise import (
     EncodeSettings,
-    MalformedError,
-    decode_text,
     encode_chunks,
     load_tokenizer,
+    read_texts,
     train_tokenizer,
 )
 from fulmen.data.writing import ShardWriter, as_json, write_whole
@@ -220,22 +220,11 @@ def _sample_texts(config: PrepareConfig, files: Sequence[InputFile]) -> Iterator
         quota += file.size_bytes * share
         if share < 1 and taken >= quota:
             continue
-        for text in _texts(config, file):
+        for text in read_texts([file], text_field=config.text_field):
             taken += len(text.encode("utf-8"))
             yield text
             if share < 1 and taken >= quota:
                 break
-
-
-def _texts(config: PrepareConfig, file: InputFile) -> Iterator[str]:
-    for chunk in read_chunks([file], text_field=config.text_field):
-        for raw, row in zip(chunk.raw, chunk.rows, strict=True):
-            try:
-                text = decode_text(raw, chunk.kind, row, config.text_field)
-                text.encode("utf-8")
-            except (MalformedError, UnicodeEncodeError):
-                continue  # counted and reported when the input is tokenised
-            yield text
 
 
 def _write_shards(
@@ -415,8 +404,16 @@ def _finish(
     for split in SPLITS:
         parts = [shard["splits"][split] for shard in shards if split in shard["splits"]]
         documents, tokens = (sum(part[key] for part in parts) for key in ("documents", "tokens"))
-        manifest["splits"][split] = {"documents": documents, "tokens": tokens, "shards": parts}
+        offsets = [np.load(output / part["index_file"], mmap_mode="r") for part in parts]
+        lengths = length_histogram(offsets)
+        manifest["splits"][split] = {
+            "documents": documents,
+            "tokens": tokens,
+            "lengths": lengths,
+            "shards": parts,
+        }
         console.print(f"split {split}: {documents:,} documents, {tokens:,} tokens")
+        _print_lengths(lengths, tokens, console)
         if not documents and (split == "train" or config.validation_fraction):
             console.print(
                 f"warning: split {split} is empty: change validation_fraction="
@@ -424,3 +421,12 @@ def _finish(
             )
     write_whole(output / MANIFEST, as_json(manifest), temporary_folder=progress)
     console.print(f"{output} is whole: vocab_size={manifest['vocab_size']}")
+
+
+def _print_lengths(lengths: list[dict[str, int]], tokens: int, console: Console) -> None:
+    for row in lengths:
+        console.print(
+            f"  {row['from']:>10,} to {2 * row['from'] - 1:>10,} tokens: "
+            f"{row['documents']:>12,} documents, {row['tokens']:>16,} tokens "
+            f"({row['tokens'] / tokens:6.2%})"
+        )

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fulmen.data.loader import PackedLoader, StepBatch
+from fulmen.data.mixture import Shares
 from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit
 from fulmen.models.text import (
@@ -226,11 +227,14 @@ class Trainer:
 
     def _open_loader(self, state: dict[str, Any] | None) -> PackedLoader:
         config = self.config
+        weights = {name: source.weight for name, source in config.data.sources.items()}
         return PackedLoader(
             config.data.sources,
             seq_len=config.data.seq_len,
             micro_batch_tokens=config.trainer.micro_batch_tokens,
             batch_tokens=lambda tokens: batch_tokens(config, tokens),
+            shares=lambda tokens: Shares(weights, None),
+            length_bounds=config.data.length_bounds,
             seed=config.seed,
             vocab_size=config.model.vocab_size,
             dp_rank=self.mesh.dp_rank,
