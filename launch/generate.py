@@ -6,9 +6,8 @@ Keys and their defaults: recipes/generate.yaml.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from fulmen.data.shards import MANIFEST, read_manifest
+from fulmen.launch.checkpoints import find_checkpoint, find_tokenizer
 from fulmen.launch.hydra_main import run_hydra
 
 
@@ -34,16 +33,19 @@ class GenerateConfig:
     """Of the sampling."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    chunk_tokens: int = 32_768
+    """Tokens of a prompt that are read at a time."""
 
 
 def sample(config: GenerateConfig) -> None:
     """Load, continue each prompt, print; with `run`, also add the samples to the report."""
-    checkpoint = find_checkpoint(config)
+    checkpoint = find_checkpoint(config.run, config.checkpoint)
 
     import torch
 
     from fulmen.data.tokenise import load_tokenizer
-    from fulmen.trainer.generate import generate, load_model
+    from fulmen.trainer.generate import generate
+    from fulmen.trainer.load import load_model
     from fulmen.trainer.manifest import verify
     from fulmen.trainer.report import write_report
     from fulmen.trainer.run_folder import update_summary
@@ -52,7 +54,7 @@ def sample(config: GenerateConfig) -> None:
     if config.dtype not in dtypes:
         raise ValueError(f"dtype={config.dtype}: must be one of {', '.join(dtypes)}")
     verify(checkpoint)
-    tokenizer_file = find_tokenizer(config, checkpoint)
+    tokenizer_file = find_tokenizer(config.tokenizer, checkpoint)
     tokenizer = load_tokenizer(str(tokenizer_file))
     stop_id = end_of_document_id(tokenizer_file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,44 +71,13 @@ def sample(config: GenerateConfig) -> None:
             top_k=config.top_k,
             generator=generator,
             stop_id=stop_id,
+            chunk_tokens=config.chunk_tokens,
         )
         samples.append(prompt + tokenizer.decode(new_ids))
         print(f"--------\n{samples[-1]}")
     if config.run is not None:
         update_summary(Path(config.run), {"samples": samples})
         print(f"--------\nreport: {write_report(Path(config.run))}")
-
-
-def find_checkpoint(config: GenerateConfig) -> Path:
-    """The folder to load; `ValueError` naming the key if there is none."""
-    if (config.run is None) == (config.checkpoint is None):
-        raise ValueError("give either run=RUN_FOLDER or checkpoint=CHECKPOINT_FOLDER")
-    if config.run is not None:
-        latest = Path(config.run) / "checkpoints" / "latest"
-        if not latest.exists():
-            raise ValueError(f"run={config.run}: it has no checkpoint ({latest} does not exist)")
-        return latest.resolve()
-    path = Path(config.checkpoint or "")
-    if not path.is_dir():
-        raise ValueError(f"checkpoint={path}: there is no such folder")
-    return path
-
-
-def find_tokenizer(config: GenerateConfig, checkpoint: Path) -> Path:
-    """The tokenizer file; `ValueError` naming the key if it is not there."""
-    if config.tokenizer is not None:
-        path = Path(config.tokenizer)
-    else:
-        run = OmegaConf.load(checkpoint / "config.yaml")
-        sources = OmegaConf.select(run, "data.sources") or {}
-        if not sources:
-            raise ValueError(f"{checkpoint} names no data: give tokenizer=PATH of a tokenizer.json")
-        path = Path(next(iter(sources.values())).path) / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(
-            f"tokenizer {path} does not exist: give tokenizer=PATH of a tokenizer.json"
-        )
-    return path
 
 
 def end_of_document_id(tokenizer_file: Path) -> int | None:

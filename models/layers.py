@@ -22,18 +22,53 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class KeyValues:
+    """Keys and values of one softmax layer, in buffers that are made once or double."""
+
+    def __init__(self, capacity: int) -> None:
+        """`capacity` is the tokens to make room for at first; more find room too."""
+        self.num_tokens = 0
+        self._capacity = capacity
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add `[batch, tokens, kv_heads, head_dim]` each; gives those of all tokens, as views."""
+        before, self.num_tokens = self.num_tokens, self.num_tokens + k.shape[1]
+        if self._buffers is None or self.num_tokens > self._capacity:
+            self._capacity = max(self.num_tokens, self._capacity if not before else 2 * before)
+            old, self._buffers = self._buffers, (self._room(k), self._room(v))
+            for buffer, kept in zip(self._buffers, old or (), strict=False):
+                buffer[:, :before] = kept[:, :before]
+        for buffer, new in zip(self._buffers, (k, v), strict=True):
+            buffer[:, before : self.num_tokens] = new
+        return self.views()
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens so far."""
+        assert self._buffers is not None
+        k, v = self._buffers
+        return k[:, : self.num_tokens], v[:, : self.num_tokens]
+
+    def _room(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], self._capacity, *x.shape[2:])
+
+
 @dataclass
 class Cache:
-    """What decoding keeps per layer: a recurrent state, or keys and values."""
+    """What a forward pass leaves to the next one of the same text; no gradients go through it."""
 
+    max_tokens: int = 0
+    """Room for keys and values that is made at once; 0 = as they come."""
     num_tokens: int = 0
     """Tokens seen so far."""
     states: dict[int, Tensor] = field(default_factory=dict)
-    """Lightning layer -> `[batch, heads, head_dim, head_dim]`."""
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    """Softmax layer -> `[batch, tokens, kv_heads, head_dim]`, after RoPE."""
-    values: dict[int, Tensor] = field(default_factory=dict)
-    """Softmax layer -> `[batch, tokens, kv_heads, head_dim]`."""
+    """Lightning layer -> `[batch, heads, head_dim, head_dim]`, fp32 at least."""
+    keys_values: dict[int, KeyValues] = field(default_factory=dict)
+    """Softmax layer -> what it has seen, keys after RoPE."""
+
+    def of_layer(self, layer: int) -> KeyValues:
+        """Keys and values of a softmax layer, which has none before its first tokens."""
+        return self.keys_values.setdefault(layer, KeyValues(self.max_tokens))
 
 
 @dataclass(frozen=True)
@@ -51,7 +86,7 @@ class Context:
     max_seqlen: int | None
     """At least the longest document's length, where the caller gave the lengths."""
     cache: Cache | None
-    """Set when decoding."""
+    """Set where a text goes through in several passes."""
     row_part: Any = None
     """Where the tokens lie in a row that is spread over ranks; for what replaces `attend`."""
 

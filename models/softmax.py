@@ -1,9 +1,8 @@
 """Softmax attention layer: grouped queries, RoPE on part of each head."""
 
-import torch
 from torch import Tensor, nn
 
-from fulmen.kernels.attention import softmax_attention
+from fulmen.kernels.attention import attend_behind, softmax_attention
 from fulmen.kernels.rope import rope
 from fulmen.models.config import ModelConfig
 from fulmen.models.layers import Context
@@ -34,12 +33,10 @@ class SoftmaxAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """The attention core on `[batch, tokens, heads, head_dim]`; sequence parallelism's seam."""
-        cache = context.cache
-        if cache is not None:
-            if self.layer in cache.keys:
-                k = torch.cat([cache.keys[self.layer], k], dim=1)
-                v = torch.cat([cache.values[self.layer], v], dim=1)
-            cache.keys[self.layer], cache.values[self.layer] = k, v
+        if context.cache is not None:
+            k, v = context.cache.of_layer(self.layer).append(k, v)
+            if 1 < q.shape[1] < k.shape[1]:
+                return attend_behind(q, k, v)
         return softmax_attention(
             q,
             k,

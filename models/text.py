@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fulmen.kernels.cross_entropy import linear_cross_entropy
+from fulmen.kernels.cross_entropy import linear_cross_entropy, token_cross_entropy
 from fulmen.kernels.norm import deepnorm
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.layers import Cache, Context, RMSNorm, packed_positions, rope_tables
@@ -60,10 +60,15 @@ class Block(nn.Module):
 class Head(nn.Linear):
     """The output head: logits, or with labels the sum of their cross entropies."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """`[batch, tokens, hidden_size]` to logits, or to an fp32 scalar."""
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, *, per_token: bool = False
+    ) -> Tensor:
+        """`[batch, tokens, hidden_size]` to logits, to an fp32 scalar, or to one a token."""
         if labels is None:
             return super().forward(hidden)
+        if per_token:
+            losses = token_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
+            return losses.view(labels.shape)
         return linear_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
 
 
@@ -89,6 +94,8 @@ class TextModel(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         row_part: Any = None,
+        num_logits: int | None = None,
+        per_token: bool = False,
     ) -> Tensor | LossOutput:
         """Logits `[batch, tokens, vocab_size]`, or the losses if `labels` are given.
 
@@ -100,14 +107,19 @@ class TextModel(nn.Module):
             document_lengths: the same as lengths, on the host, where softmax attention can make
                 use of them.
             num_tokens: real tokens of a packed row; those behind them are padding.
-            cache: carries states and keys from one call to the next when decoding.
+            cache: carries states and keys from one call to the next; see `trainer/prefill.py`.
             positions: `[tokens]` in their documents, where they do not follow from `cu_seqlens`.
             row_part: handed on to the attention layers; see `parallel/sequence.py`.
+            num_logits: give logits of so many last positions; None = of all.
+            per_token: with labels, give each one's loss, `[batch, tokens]` fp32, and no gradients.
         """
         context = self._context(input_ids, cu_seqlens, document_lengths, cache, positions, row_part)
         hidden, stats = self._hidden(input_ids, context, num_tokens)
         if labels is None:
-            return self.lm_head(hidden)
+            first = 0 if num_logits is None else hidden.shape[1] - num_logits
+            return self.lm_head(hidden[:, first:])
+        if per_token:
+            return self.lm_head(hidden, labels, per_token=True)
         return LossOutput(
             self.lm_head(hidden, labels),
             torch.stack([s.aux_loss for s in stats]).sum(),

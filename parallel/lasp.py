@@ -42,6 +42,7 @@ from fulmen.models.layers import Context, decay_slopes
 from fulmen.models.lightning import LightningAttention
 from fulmen.parallel.collectives import all_gather
 from fulmen.parallel.progress import exchange
+from fulmen.parallel.prompt import attend_lightning
 from fulmen.parallel.seams import fill_seam
 from fulmen.parallel.sequence import RowPart
 
@@ -167,7 +168,7 @@ def _wait(works: list[dist.Work]) -> None:
 def spread_lightning(layer: LightningAttention, group: dist.ProcessGroup, variant: str) -> None:
     """Let a layer work on parts of rows that the ranks of `group` share."""
     fill_seam(layer, "begin", partial(_begin, layer, group, variant), NOTES[variant])
-    fill_seam(layer, "attend", _attend, NOTES[variant])
+    fill_seam(layer, "attend", partial(_attend, layer, group), NOTES[variant])
 
 
 def _begin(
@@ -177,13 +178,25 @@ def _begin(
     k: Tensor,
     v: Tensor,
     context: Context,
-) -> "PartAttention":
+) -> "PartAttention | None":
+    if context.cache is not None:
+        return None
     slopes = decay_slopes(layer.num_heads, layer.layer, layer.num_layers, k.device)
     assert isinstance(context.row_part, RowPart)
     return PartAttention(k, v, slopes, context.row_part, context.cu_seqlens, group, variant)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context, begun: "PartAttention") -> Tensor:
+def _attend(
+    layer: LightningAttention,
+    group: dist.ProcessGroup,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Context,
+    begun: "PartAttention | None",
+) -> Tensor:
+    if begun is None:
+        return attend_lightning(layer, group, q, k, v, context)
     return begun.finish(q, k, v)
 
 

@@ -83,7 +83,7 @@ def spread_rows(model: TextModel, mesh: Mesh, config: ParallelConfig) -> None:
         if isinstance(module, LightningAttention):
             spread_lightning(module, mesh.cp_group, config.lightning_attention)
         elif isinstance(module, SoftmaxAttention):
-            fill_seam(module, "attend", softmax_attend, softmax_note)
+            fill_seam(module, "attend", partial(softmax_attend, module.layer), softmax_note)
         elif hasattr(module, "attend"):
             raise TypeError(
                 f"{name} ({type(module).__name__}) attends to other tokens, but parallel/plan.py "

@@ -16,12 +16,13 @@ from fulmen.parallel.balance import from_layout, plan_layout, to_layout
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.gather import gather_attention
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.prompt import attend_softmax
 from fulmen.parallel.ring import ring_attention
 from fulmen.parallel.sequence import RowPart
 
 
 def softmax_over_ranks(mesh: Mesh, config: ParallelConfig) -> tuple[Callable[..., Tensor], str]:
-    """What replaces `SoftmaxAttention.attend`, and a note of what it does."""
+    """What replaces `SoftmaxAttention.attend`, given the layer's index, and a note of it."""
     # NCCL connects a group at its first collective, in which all ranks have to take part; in a
     # step of the ring, those that share no document do not.
     dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.cp_group)
@@ -36,11 +37,14 @@ def _attend(
     group: dist.ProcessGroup,
     ring: bool,
     balanced: bool,
+    layer: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     context: Context,
 ) -> Tensor:
+    if context.cache is not None:
+        return attend_softmax(layer, group, q, k, v, context)
     assert isinstance(context.row_part, RowPart)
     return spread_attention(q, k, v, context.row_part, group, ring=ring, balanced=balanced)
 

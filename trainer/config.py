@@ -12,6 +12,7 @@ from fulmen.data.config import DataConfig
 from fulmen.kernels.config import KernelsConfig
 from fulmen.models.config import ModelConfig, MoEConfig, check_model
 from fulmen.parallel.config import ParallelConfig, check_experts, check_parallel
+from fulmen.trainer.long_context.config import LongContextConfig, check_tasks
 from fulmen.trainer.metrics import LogConfig
 
 Schema = TypeVar("Schema")
@@ -106,12 +107,14 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The `evaluation` group: loss on held-out documents of each source."""
+    """The `evaluation` group: loss on held-out documents of each source, and long texts."""
 
     every_steps: int | None = None
     """Steps between evaluations, and one at the end of the run; null = none at all."""
     max_tokens: int = 1_000_000
     """Held-out tokens per source and evaluation."""
+    long_context: LongContextConfig = field(default_factory=LongContextConfig)
+    """Retrieval from long texts."""
 
 
 @dataclass
@@ -188,6 +191,9 @@ def check_config(config: RunConfig, world_size: int) -> None:
     if not config.data.sources:
         raise ValueError("data.sources is empty: name at least one prepared source and its path")
     _check_batches(config, world_size)
+    long = config.evaluation.long_context
+    key = "evaluation.long_context."
+    check_tasks(long.tasks, long.lengths, long.depths, long.samples, key)
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -201,11 +207,19 @@ def _check_ranges(config: RunConfig) -> None:
         "checkpoint.keep": config.checkpoint.keep,
         "evaluation.every_steps": config.evaluation.every_steps,
         "evaluation.max_tokens": config.evaluation.max_tokens,
+        "evaluation.long_context.every_steps": config.evaluation.long_context.every_steps,
+        "evaluation.long_context.chunk_tokens": config.evaluation.long_context.chunk_tokens,
         "log.every_steps": config.log.every_steps,
         "parallel.timeout_s": config.parallel.timeout_s,
         "parallel.rendezvous_timeout_s": config.parallel.rendezvous_timeout_s,
     }
-    optional = ("optim.grad_clip", "trainer.", "checkpoint.every_steps", "evaluation.every_steps")
+    optional = (
+        "optim.grad_clip",
+        "trainer.",
+        "checkpoint.every_steps",
+        "evaluation.every_steps",
+        "evaluation.long_context.every_steps",
+    )
     for key, value in positive.items():
         if value is not None and value <= 0:
             off = ", or null" if key.startswith(optional) else ""

@@ -108,6 +108,10 @@ def _number(row: Row, key: str, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "-"
 
 
+def _scores_text(scores: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {accuracy:.0%}" for name, accuracy in scores.items())
+
+
 def _losses_text(losses: Mapping[str, float]) -> str:
     return "  ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
 
@@ -134,6 +138,12 @@ class PlainConsole:
         self._say(
             f"eval {self._text.step(step)}  tokens {self._text.tokens(tokens)}"
             f"  loss {_losses_text(losses)}"
+        )
+
+    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
+        self._say(
+            f"eval {self._text.step(step)}  tokens {self._text.tokens(tokens)}"
+            f"  right {_scores_text(scores)}"
         )
 
     def close(self, *, failed: bool) -> None:
@@ -181,6 +191,13 @@ class LiveConsole:
     def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         self._progress.console.print(
             f"eval {self._text.step(step).strip()}  loss {_losses_text(losses)}",
+            markup=False,
+            highlight=False,
+        )
+
+    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
+        self._progress.console.print(
+            f"eval {self._text.step(step).strip()}  right {_scores_text(scores)}",
             markup=False,
             highlight=False,
         )

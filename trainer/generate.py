@@ -1,28 +1,10 @@
 """Text from a checkpoint: recurrent states in lightning layers, a KV cache in softmax layers."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from fulmen.models.config import MoEConfig
-from fulmen.models.layers import Cache
 from fulmen.models.text import TextModel
-from fulmen.trainer.weights import CheckpointWeights, load_model_config
-
-
-def load_model(checkpoint: Path, *, dtype: torch.dtype, device: torch.device) -> TextModel:
-    """The model of a checkpoint folder, on one device; routing is dropless, as in inference."""
-    config = load_model_config(checkpoint)
-    with torch.device("meta"):
-        model = TextModel(config, MoEConfig())
-    weights = CheckpointWeights(checkpoint)
-    # One tensor at a time, so that host memory holds no second copy of the model.
-    state = {
-        name: weights.read(name, dtype=dtype).to(device) for name, _ in model.named_parameters()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
+from fulmen.trainer.prefill import CHUNK_TOKENS, Reader
 
 
 @torch.inference_mode()
@@ -35,24 +17,26 @@ def generate(
     top_k: int | None,
     generator: torch.Generator,
     stop_id: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> list[int]:
     """Continue `prompt`; returns the new token ids, `stop_id` excluded.
 
     `temperature` 0 takes the most likely token each time; `top_k` keeps only the k most likely.
-    Costs the same per token however long the text is, but for the softmax layers' KV cache.
+    The prompt is read `chunk_tokens` at a time. A new token costs the same however long the text
+    is, but for the softmax layers' KV cache.
     """
     if not prompt:
         raise ValueError("the prompt has no tokens: give at least one character of text")
-    device = next(model.parameters()).device
-    cache, new_ids = Cache(), list[int]()
-    ids = torch.tensor([prompt], device=device)
+    reader = Reader(model, chunk_tokens=chunk_tokens)
+    logits, cache = reader.read(torch.tensor(prompt), new_tokens=max_new_tokens)
+    next_logits, new_ids = logits[-1], list[int]()
     while len(new_ids) < max_new_tokens:
-        logits = model(ids, cache=cache)
-        next_id = _sample(logits[0, -1].float(), temperature, top_k, generator)
+        next_id = _sample(next_logits.float(), temperature, top_k, generator)
         if next_id == stop_id:
             break
         new_ids.append(next_id)
-        ids = torch.tensor([[next_id]], device=device)
+        if len(new_ids) < max_new_tokens:
+            next_logits = reader.step(torch.tensor([next_id]), cache)
     return new_ids
 
 

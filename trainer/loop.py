@@ -27,6 +27,7 @@ from fulmen.trainer.config import RunConfig
 from fulmen.trainer.evaluate import evaluate
 from fulmen.trainer.flops import Throughput, device_peak
 from fulmen.trainer.inputs import model_inputs
+from fulmen.trainer.long_context.in_loop import LongContext
 from fulmen.trainer.manifest import CheckpointError
 from fulmen.trainer.metrics import MetricsLogger, NullMetrics
 from fulmen.trainer.optim import Optimizer
@@ -66,6 +67,7 @@ class Trainer:
         self.checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
         self.loader = self._open_loader(self._resume())
         self.held_out = self._open_held_out()
+        self.long_context = LongContext.open(config, self.model, mesh)
         self._throughput = Throughput(
             config.model,
             seq_len=config.data.seq_len,
@@ -104,6 +106,10 @@ class Trainer:
                 if self.held_out and (self._is_due(config.evaluation.every_steps) or self.finished):
                     phase("evaluation")
                     metrics.log_eval(self.step, self.tokens, self._evaluate())
+                    self._throughput.restart()
+                if self.long_context and (self._is_due(self.long_context.every) or self.finished):
+                    phase("long texts")
+                    metrics.log_scores(self.step, self.tokens, self.long_context.scores())
                     self._throughput.restart()
                 if self._is_due(config.checkpoint.every_steps) or self.finished:
                     phase("checkpoint")

@@ -65,6 +65,9 @@ class Sink(Protocol):
     def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         """Take the losses of an evaluation, by source."""
 
+    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
+        """Take accuracies on long texts, by task and length."""
+
     def close(self, *, failed: bool) -> None:
         """Write out what is still held; `failed` says that the run ends by an exception."""
 
@@ -117,6 +120,11 @@ class MetricsLogger:
         self._jsonl.log_eval(step, tokens, losses)
         self._to_others(lambda sink: sink.log_eval(step, tokens, losses))
 
+    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
+        """Log accuracies on long texts after `step`, named `TASK/LENGTH`."""
+        self._jsonl.log_scores(step, tokens, scores)
+        self._to_others(lambda sink: sink.log_scores(step, tokens, scores))
+
     def close(self, *, failed: bool = False) -> None:
         """Close every sink; may be called again."""
         self._jsonl.close(failed=failed)
@@ -152,6 +160,9 @@ class NullMetrics:
     def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         """Drop an evaluation."""
 
+    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
+        """Drop an evaluation."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -182,6 +193,9 @@ class JsonlSink:
     def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         named = {f"{EVAL_PREFIX}{source}": loss for source, loss in losses.items()}
         self.log_step({"step": step, "tokens": tokens, **named})
+
+    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
+        self.log_step({"step": step, "tokens": tokens, **scores})
 
     def close(self, *, failed: bool) -> None:
         self._file.close()
@@ -283,6 +297,11 @@ def chart_losses(losses: Mapping[str, float]) -> dict[str, float]:
     return {f"eval/loss/{source}": loss for source, loss in losses.items()}
 
 
+def chart_scores(scores: Mapping[str, float]) -> dict[str, float]:
+    """Accuracies on long texts under the names that wandb and TensorBoard show."""
+    return {f"eval/{name}": accuracy for name, accuracy in scores.items()}
+
+
 def wandb_run_id(run_name: str) -> str:
     """The wandb id of a run: its name if wandb takes it as an id, else an id made from it."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_name)
@@ -332,6 +351,9 @@ class WandbSink:
 
     def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         self._put(step, {"tokens": tokens, **chart_losses(losses)})
+
+    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
+        self._put(step, {"tokens": tokens, **chart_scores(scores)})
 
     def close(self, *, failed: bool) -> None:
         self._failed = failed
@@ -432,6 +454,9 @@ class TensorboardSink:
 
     def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
         self._put(step, chart_losses(losses))
+
+    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
+        self._put(step, chart_scores(scores))
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()

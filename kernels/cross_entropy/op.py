@@ -4,10 +4,14 @@ import torch
 from torch import Tensor
 
 from fulmen.kernels.common import why_not_triton
-from fulmen.kernels.cross_entropy.reference import IGNORE_INDEX, chunked_linear_cross_entropy
+from fulmen.kernels.cross_entropy.reference import (
+    IGNORE_INDEX,
+    chunked_linear_cross_entropy,
+    chunked_token_cross_entropy,
+)
 from fulmen.kernels.registry import choose
 
-__all__ = ["CHUNK_BYTES", "IGNORE_INDEX", "linear_cross_entropy"]
+__all__ = ["CHUNK_BYTES", "IGNORE_INDEX", "linear_cross_entropy", "token_cross_entropy"]
 
 CHUNK_BYTES = 256 * 2**20
 """Of the torch implementation: fp32 logits of one chunk; two of these are alive at once."""
@@ -51,3 +55,12 @@ def linear_cross_entropy(
     return chunked_linear_cross_entropy(
         hidden, weight, labels, z_loss=z_loss, chunk_bytes=CHUNK_BYTES
     )
+
+
+def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each token, `[tokens]` fp32 (fp64 for fp64), 0 where `IGNORE_INDEX`.
+
+    For evaluation: no gradients, and torch alone. Arguments as in `linear_cross_entropy`; a label
+    outside the vocabulary is an error. The logits are formed for some tokens at a time.
+    """
+    return chunked_token_cross_entropy(hidden, weight, labels, chunk_bytes=CHUNK_BYTES)

@@ -76,3 +76,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for grad in ctx.saved_tensors
         )
         return hidden, weight, None, None, None
+
+
+@torch.no_grad()
+def chunked_token_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_bytes: int
+) -> Tensor:
+    """`token_cross_entropy`, some tokens at a time."""
+    losses = hidden.new_zeros(labels.shape, dtype=accumulation_dtype(hidden))
+    rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        logits = (hidden[part] @ weight.t()).to(losses.dtype)
+        losses[part] = torch.nn.functional.cross_entropy(
+            logits, labels[part], ignore_index=IGNORE_INDEX, reduction="none"
+        )
+    return losses

@@ -314,7 +314,7 @@ def test_decoding_with_a_cache_equals_one_shot(chunks: list[int]) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-11)
     assert cache.num_tokens == 20
     assert sorted(cache.states) == [0, 2]
-    assert sorted(cache.keys) == [1, 3]
+    assert sorted(cache.keys_values) == [1, 3]
 
 
 # The full model, on the meta device.

@@ -117,7 +117,8 @@ def as_overrides(config: RunConfig) -> list[str]:
     overrides = [f"seed={config.seed}", "~data.sources.stdlib"]
     for name in ("model", "optim", "parallel", "trainer", "checkpoint", "evaluation"):
         for key, value in groups[name].items():
-            overrides.append(f"{name}.{key}={'null' if value is None else value}")
+            shown = json.dumps(value).replace('"', "") if isinstance(value, dict) else value
+            overrides.append(f"{name}.{key}={'null' if value is None else shown}")
     overrides.append(f"data.seq_len={config.data.seq_len}")
     overrides.append(f"data.global_batch_tokens={config.data.global_batch_tokens}")
     for name, source in config.data.sources.items():

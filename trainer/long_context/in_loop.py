@@ -1,0 +1,68 @@
+"""Retrieval from long texts beside training."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from fulmen.data.retrieval import Language
+from fulmen.models.text import TextModel
+from fulmen.parallel.mesh import Mesh
+from fulmen.trainer.config import RunConfig
+from fulmen.trainer.long_context.tasks import Cell, depths_of, open_language, score_cells
+from fulmen.trainer.prefill import Reader
+
+
+@dataclass
+class LongContext:
+    """The texts that `evaluation.long_context` asks for, and who reads them."""
+
+    every: int
+    """Steps from one time to the next."""
+    model: TextModel
+    mesh: Mesh
+    reader: Reader
+    language: Language
+    cells: list[Cell]
+    samples: int
+    seed: int
+
+    @classmethod
+    def open(cls, config: RunConfig, model: TextModel, mesh: Mesh) -> Self | None:
+        """None where nothing is asked for."""
+        asked = config.evaluation.long_context
+        if asked.every_steps is None:
+            return None
+        lengths = asked.lengths or [config.data.seq_len]
+        return cls(
+            asked.every_steps,
+            model,
+            mesh,
+            Reader(model, chunk_tokens=asked.chunk_tokens, mesh=mesh),
+            open_language(config.data.sources, vocab_size=config.model.vocab_size),
+            [
+                Cell(task, length, depth)
+                for task in asked.tasks
+                for length in lengths
+                for depth in depths_of(asked.depths)
+            ],
+            asked.samples,
+            config.seed,
+        )
+
+    def scores(self) -> dict[str, float]:
+        """Share of right answers by `TASK/LENGTH`; all ranks call it."""
+        self.model.eval()
+        scores = score_cells(
+            self.reader,
+            self.language,
+            self.cells,
+            samples=self.samples,
+            seed=self.seed,
+            mesh=self.mesh,
+        )
+        self.model.train()
+        sums: dict[str, tuple[int, int]] = {}
+        for cell, score in zip(self.cells, scores, strict=True):
+            name = f"{cell.task}/{cell.length}"
+            right, answers = sums.get(name, (0, 0))
+            sums[name] = right + score.right, answers + score.answers
+        return {name: right / answers for name, (right, answers) in sums.items()}
