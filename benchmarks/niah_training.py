@@ -52,9 +52,10 @@ DEFAULTS: dict[str, Any] = {
     "shares": [0.3, 0.2, 0.2, 0.3],
     "enough": 0.02,
     "step_tokens": 65536,
-    "lr": 2e-3,
+    "lr": 1.5e-3,
     "warmup_steps": 100,
     "num_keys": 1024,
+    "spacing": [24, 128],  # least and most tokens for each question
     "seed": 0,
     "dtype": "bfloat16",
     "workers": 6,
@@ -79,9 +80,12 @@ SOFTMAX_EVERY = {"hybrid": 2, "lightning": 0, "softmax": 1}
 IGNORE = -100
 
 
-def make_rows(keys: int, length: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def make_rows(
+    keys: int, spacing: tuple[int, int], length: int, rows: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels `[rows, length]`, one text a row; only answers have labels."""
     language, rng = Words(num_keys=keys), np.random.default_rng(seed)
+    language.spacing = spacing
     (end,) = language.encode("<end_of_document>")
     (ask,) = language.encode("ask")
     kinds = {"needle": 1.0}
@@ -114,7 +118,8 @@ class Rows:
             length = int(chance.choice(lengths[:-1])) if older else lengths[-1]
             rows = max(1, self.options.step_tokens // length)
             seed = next(self.seeds)
-            waiting.append(self.pool.submit(make_rows, self.options.num_keys, length, rows, seed))
+            texts = self.options.num_keys, tuple(self.options.spacing), length, rows, seed
+            waiting.append(self.pool.submit(make_rows, *texts))
             if len(waiting) > 2 * self.options.workers:
                 yield waiting.popleft().result()
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     "README.md",
     "docs/training.md",
+    "docs/evaluation.md",
     "docs/planner.md",
     "docs/kernels.md",
     "docs/data.md",
