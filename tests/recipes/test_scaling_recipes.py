@@ -20,7 +20,7 @@ from fulmen.trainer.schedule import total_tokens
 pytestmark = pytest.mark.fast
 
 SIZES = {"70m": 70e6, "160m": 160e6, "410m": 410e6, "1b": 1e9, "3b": 3e9, "7b": 7e9}
-NANO = {"nano1": 32, "nano2": 64, "nano3": 96, "nano4": 128}
+NANO = {"nano1": 8, "nano2": 16, "nano3": 32, "nano4": 64}
 KINDS = {"softmax": 1, "lightning": 0, "hybrid": 8}
 
 
@@ -49,6 +49,7 @@ def test_every_combination(size: str, kind: str) -> None:
     # Fixed learning rate, for all sizes of a ladder.
     assert {phase.lr_factor for phase in config.schedule.phases} == {1.0}
     assert config.optim.weight_decay == 0.1
+    assert config.model.hidden_size == NANO.get(size, config.model.hidden_size)
     if size in SIZES:
         assert (config.optim.lr, config.data.seq_len) == (3e-4, 8192)
         assert config.data.global_batch_tokens == 4 * 2**20
@@ -112,7 +113,7 @@ def test_the_model_has_what_is_counted(kind: str) -> None:
         model = TextModel(config.model, config.moe)
     count = count_model(config.model)
     assert (count.total, count.active) == (count_parameters(model), count_active_parameters(model))
-    assert count.total == count.active + 2 * 4096 * 64
+    assert count.total == count.active + 2 * 4096 * NANO["nano2"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_one_expert_is_a_dense_layer() -> None:
     layer = MoE(config.model, MoEConfig(aux_loss_coef=0.0)).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    x = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
     output, stats = layer(x, num_tokens=None)
     w1, w3, w2 = (w[0] for w in (layer.experts.w1, layer.experts.w3, layer.experts.w2))
     dense = (F.silu(x @ w1.t()) * (x @ w3.t())) @ w2.t()

@@ -33,12 +33,13 @@ from fulmen.trainer.scaling_joint import fit_joint, predict
 
 # L = A N^-ALPHA + B D^-BETA. With C = 6 N D its optima are power laws of C, all three.
 A, ALPHA, B, BETA = 60.0, 0.25, 150.0, 0.3
+NUM_ROWS = 120
 HIDDEN = (32, 48, 64, 96, 128, 192)
 
 
 def config_of(hidden: int, every: int = 8, **changes: Any) -> RunConfig:
     """A dense miniature of that width."""
-    config = compose_config(["recipe=scaling", "scaling/size=nano1"])
+    config = compose_config(["recipe=scaling", "scaling/size=nano3"])
     config.model.hidden_size = hidden
     config.model.expert_hidden_size = 3 * hidden
     config.model.softmax_every = every
@@ -64,7 +65,7 @@ def write_run(
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     (folder / "DONE").touch()
     rows = []
-    for step, tokens in enumerate(np.geomspace(1e5, last, 300), start=1):
+    for step, tokens in enumerate(np.geomspace(1e5, last, NUM_ROWS), start=1):
         loss = shift + A * parameters**-ALPHA + B * tokens**-BETA
         loss *= math.exp(noise * chance.normal())
         rows.append(
@@ -216,8 +217,8 @@ def test_unfit_runs_are_named_together(tmp_path: Path) -> None:
     paths = write_sweep(tmp_path)
     (paths[0] / "DONE").unlink()
     with (paths[1] / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 301, "tokens": 9, "loss": null, "nonfinite": {"loss": "nan"}}\n')
-    with pytest.raises(ValueError, match=r"8_32: no DONE.*\n.*8_48: loss of step 301 is nan"):
+        file.write('{"step": 121, "tokens": 9, "loss": null, "nonfinite": {"loss": "nan"}}\n')
+    with pytest.raises(ValueError, match=r"8_32: no DONE.*\n.*8_48: loss of step 121 is nan"):
         read_runs(paths, "loss")
 
 
