@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -75,28 +76,33 @@ def find_runs(patterns: list[str]) -> list[Path]:
 
 
 def show(kinds: dict[str, dict[str, Any]], count: str, console: Console) -> None:
-    """Tables of the laws, with the paper's, and of the joint form."""
-    table = Table("kind", "law", "a", "90 %", "b", "90 %", "paper's a", "b", title="a C^b")
-    joint = Table("kind", "d", "a", "alpha", "b", "beta", "c", "gamma", "rms of log L", "points")
+    """A table of the laws, with the paper's, and a line a kind for the joint form."""
+    table = Table("kind", "law", "a C^b", "90 % of b", "the paper's", box=box.SIMPLE, padding=0)
     for kind, fitted in kinds.items():
         fit = fitted["fits"][count]
         for name, law in fit["laws"].items():
-            intervals = (fit["intervals_90"] or {}).get(name, {})
-            cells = []
-            for key in ("coefficient", "exponent"):
-                low_high = intervals.get(key)
-                span = "-" if low_high is None else " to ".join(f"{end:.3g}" for end in low_high)
-                cells += [f"{law[key]:.4g}", span]
-            paper = fitted["paper"][name] if fitted["paper"] else None
-            cells += [f"{paper[key]:.4g}" if paper else "-" for key in ("coefficient", "exponent")]
-            table.add_row(kind, name, *cells)
+            ends = fit["intervals_90"][name]["exponent"] if fit["intervals_90"] else None
+            span = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "-"
+            paper = _law(fitted["paper"][name]) if fitted["paper"] else "-"
+            table.add_row(kind, name, _law(law), span, paper)
         table.add_section()
-        if fitted["joint"] is not None:
-            joint.add_row(kind, *(f"{value:.3g}" for value in fitted["joint"].values()))
     console.print(table)
-    if joint.row_count:
-        console.print("d + a P^alpha + b T^beta + c (P T)^gamma", highlight=False)
-        console.print(joint)
+    for kind, fitted in kinds.items():
+        joint = fitted["joint"]
+        if joint is None:
+            console.print(f"{kind}: too few points for the joint form", highlight=False)
+            continue
+        number = {key: f"{value:.3g}" for key, value in joint.items()}
+        console.print(
+            f"{kind}: L = {number['d']} + {number['a']} P^{number['alpha']} + "
+            f"{number['b']} T^{number['beta']} + {number['c']} (P T)^{number['gamma']}, "
+            f"rms of log L {number['rms_log_error']} over {number['points']} points",
+            highlight=False,
+        )
+
+
+def _law(law: dict[str, float]) -> str:
+    return f"{law['coefficient']:.4g} C^{law['exponent']:.4f}"
 
 
 def main() -> None:

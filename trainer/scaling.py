@@ -253,7 +253,10 @@ def curves(runs: Sequence[Run], rng: np.random.Generator | None = None) -> list[
         made.append(
             Curve(
                 parameters,
-                members[0].flops_per_token,
+                {
+                    count: float(np.mean([run.flops_per_token[count] for run in members]))
+                    for count in members[0].flops_per_token
+                },
                 np.exp(np.add.reduceat(np.log(tokens), start) / count),
                 np.add.reduceat(losses, start) / count,
             )

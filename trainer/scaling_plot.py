@@ -23,7 +23,7 @@ def draw(kinds: dict[str, dict[str, Any]], count: str, path: Path) -> None:
     # Not at the top of the file: matplotlib takes its time.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15.0, 4.8), layout="constrained")
+    figure = Figure(figsize=(15.0, 5.6), layout="constrained")
     for law, axes in zip(LAWS, figure.subplots(1, len(LAWS)), strict=True):
         for color, (kind, fitted) in zip(COLORS, kinds.items(), strict=False):
             _draw_kind(axes, law, kind, fitted, count, color)
@@ -32,7 +32,9 @@ def draw(kinds: dict[str, dict[str, Any]], count: str, path: Path) -> None:
         axes.grid(which="minor", color="#eeeeee", linewidth=0.4)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2
+        )
     figure.savefig(path, dpi=110)
 
 
