@@ -51,10 +51,8 @@ def fit(config: FitConfig) -> None:
     }
     for kind, fitted in kinds.items():
         if config.compute not in fitted["fits"]:
-            raise ValueError(
-                f"compute={config.compute}: the paper counts dense models, and runs of kind {kind} "
-                "have several experts: set compute=ours"
-            )
+            reason = fitted["unfitted"][config.compute]
+            raise ValueError(f"compute={config.compute}: runs of kind {kind}: {reason}")
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     made = {"metric": config.metric, "compute_unit": "PFLOP/s-day", "kinds": kinds}

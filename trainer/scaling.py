@@ -356,19 +356,22 @@ def bootstrap(
 
 
 def fit_kind(kind: str, runs: Sequence[Run], *, samples: int, seed: int) -> dict[str, Any]:
-    """Everything that is fitted to the runs of a kind, as JSON."""
+    """Everything that is fitted to the runs of a kind, as JSON; `unfitted` says why a count is not.
+
+    `ValueError` if neither count gives a fit.
+    """
     sizes = curves(runs)
-    fits = {}
+    fits, unfitted = {}, {}
     for count in COUNTS:
-        if any(count not in run.flops_per_token for run in runs):
+        if count not in sizes[0].flops_per_token:
+            unfitted[count] = "the paper counts dense models, and these have several experts"
             continue
         optima = frontier(sizes, count)
         try:
             laws = fit_laws(optima)
         except ValueError as error:
-            raise ValueError(
-                f"runs of kind {kind}, compute by the count {count}: {error}"
-            ) from None
+            unfitted[count] = str(error)
+            continue
         intervals, fitted = bootstrap(runs, count, samples=samples, seed=seed)
         fits[count] = {
             "laws": {name: asdict(law) for name, law in laws.items()},
@@ -376,6 +379,8 @@ def fit_kind(kind: str, runs: Sequence[Run], *, samples: int, seed: int) -> dict
             "bootstrap": {"draws": samples, "fitted": fitted},
             "frontier": {name: column.tolist() for name, column in vars(optima).items()},
         }
+    if not fits:
+        raise ValueError(f"runs of kind {kind}: {unfitted['ours']}")
     return {
         "runs": [str(run.path) for run in runs],
         "sizes": [
@@ -388,6 +393,7 @@ def fit_kind(kind: str, runs: Sequence[Run], *, samples: int, seed: int) -> dict
             for size in sizes
         ],
         "fits": fits,
+        "unfitted": unfitted,
         "joint": fit_joint(
             np.concatenate([np.full(len(size.tokens), float(size.parameters)) for size in sizes]),
             np.concatenate([size.tokens for size in sizes]),

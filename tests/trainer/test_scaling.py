@@ -246,6 +246,18 @@ def test_an_optimum_outside_the_sizes_is_no_optimum(tmp_path: Path) -> None:
         fit_kind("hybrid", runs, samples=1, seed=0)
 
 
+def test_a_count_without_a_fit_leaves_the_other(tmp_path: Path) -> None:
+    for hidden in HIDDEN:
+        write_run(tmp_path / "runs" / str(hidden), config_of(hidden, num_experts=4), last=3e8)
+    words = [f"runs=[{tmp_path}/runs/*]", f"output={tmp_path}/fit", "samples=1"]
+    with pytest.raises(ValueError, match=r"compute=paper: runs of kind hybrid: .* dense models"):
+        fit(configured(*words, "compute=paper"))
+    fit(configured(*words))
+    made = json.loads((tmp_path / "fit" / "fit.json").read_text())["kinds"]["hybrid"]
+    assert set(made["fits"]) == {"ours"}
+    assert set(made["unfitted"]) == {"paper"}
+
+
 def configured(*overrides: str) -> FitConfig:
     ConfigStore.instance().store(name="fit_scaling_schema", node=FitConfig)
     with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
