@@ -15,6 +15,7 @@ DOCUMENTS = [
     "docs/training.md",
     "docs/evaluation.md",
     "docs/planner.md",
+    "docs/scaling.md",
     "docs/kernels.md",
     "docs/data.md",
     "docs/huggingface.md",
