@@ -74,7 +74,7 @@ MISTAKES = [
     (put("trainer.dtype", "float16"), r"trainer\.dtype=float16: must be one of bfloat16, float32"),
     (
         put("trainer.activation_checkpointing", "some"),
-        r"trainer\.activation_checkpointing=some: must be one of none, full",
+        r"trainer\.activation_checkpointing=some: must be one of none, selective, full",
     ),
     (compile_and_checkpoint, r"trainer\.compile=true does not go with trainer\.activation_check"),
     (put("schedule.phases", []), r"schedule\.phases is empty"),
