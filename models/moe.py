@@ -77,7 +77,8 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Send tokens to their experts and sum what comes back; expert parallelism's seam."""
         order = permutation(experts, self.w1.shape[0])
-        outputs = grouped_swiglu(permute(x, order), order.counts, *matrices)
+        w1, w3, w2 = matrices
+        outputs = grouped_swiglu(permute(x, order), order.counts, w1, w3, w2)
         return unpermute(outputs, weights, order)
 
 

@@ -85,9 +85,9 @@ class Block(nn.Module):
 
         rows = x[0]
         tables = attention.tables(context)
-        qkv = in_chunks(before, size, (rows, *tables), (*of_project, first))
-        output = attention.core(*(part[None] for part in qkv), context)[0]
-        del qkv  # what is needed of them backward is kept by the core
+        q, k, v = in_chunks(before, size, (rows, *tables), (*of_project, first))
+        output = attention.core(q[None], k[None], v[None], context)[0]
+        del q, k, v  # what is needed of them backward is kept by the core
         return in_chunks(after, size, (rows, output), (first, last, *of_close))[0][None]
 
 

@@ -214,8 +214,8 @@ def sizes_of(config: RunConfig) -> Sizes:
     tokens = config.trainer.micro_batch_tokens // parallel.cp
     rows = tokens * model.num_experts_per_token
     capacity = config.moe.capacity_factor
-    in_buffers = capacity and not config.moe.global_router and config.trainer.chunk_tokens is None
-    if in_buffers and parallel.ep * parallel.etp > 1:
+    whole = config.trainer.chunk_tokens is None and not config.moe.global_router
+    if capacity and whole and parallel.ep * parallel.etp > 1:
         each = min(ceil(capacity * rows / model.num_experts), tokens)
         rows = each * model.num_experts
     return Sizes(

@@ -1,7 +1,7 @@
 """How often a step does each kind of work, by checkpointing policy and chunks.
 
-In forward passes' worth, a backward pass being two. See parallel/checkpointing.py for what is
-computed again.
+In forward passes' worth. A backward pass is two, of softmax attention's core two and a half: it
+computes the scores again. See parallel/checkpointing.py for what policies compute again.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Passes:
     projections: int
     experts: int
     """And the router."""
-    softmax_core: int
+    softmax_core: float
     lightning_tensors: int
     """That the core moves, `[tokens, heads, head_dim]` each; 4 of them forward."""
     attention_again: int
@@ -38,11 +38,11 @@ def count_passes(config: RunConfig) -> Passes:
     if chunk is not None:
         again = 1 if policy == "full" else 0  # of the attention half, beside its chunks
         chunks = -(-sizes_of(config).T // chunk)
-        return Passes(4 + again, 4, 3, 11 + 4 * again, 2 + again, 2, 3, 2 + again, chunks)
+        return Passes(4 + again, 4, 3.5, 11 + 4 * again, 2 + again, 2, 3, 2 + again, chunks)
     if policy == "full":
-        return Passes(4, 4, 4, 15, 2, 2, 3, 3, 1)
+        return Passes(4, 4, 4.5, 15, 2, 2, 3, 3, 1)
     if policy == "selective":
         # Lightning's core over cp is no torch op that could be kept.
         tensors = 15 if config.parallel.cp > 1 else 11
-        return Passes(3, 3, 3, tensors, 2, 1, 2, 3, 1)
-    return Passes(3, 3, 3, 11, 1, 1, 2, 2, 1)
+        return Passes(3, 3, 3.5, tensors, 2, 1, 2, 3, 1)
+    return Passes(3, 3, 3.5, 11, 1, 1, 2, 2, 1)

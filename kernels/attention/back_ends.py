@@ -142,7 +142,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cudnn: bool) -> Tensor:
     if cudnn and (groups := head_groups(q.numel(), k.shape[2])) > 1:
         # Copies: a view would still reach beyond 2^31 numbers.
         parts = zip(*(x.chunk(groups, dim=2) for x in (q, k, v)), strict=True)
-        outputs = [_sdpa(*(x.contiguous() for x in part), cudnn) for part in parts]
+        outputs = [
+            _sdpa(a.contiguous(), b.contiguous(), c.contiguous(), cudnn) for a, b, c in parts
+        ]
         return torch.cat(outputs, dim=2)
     tokens, keys = q.shape[1], k.shape[1]
     options: dict[str, Any] = {"enable_gqa": q.shape[2] != k.shape[2]}

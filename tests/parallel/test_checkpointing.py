@@ -76,7 +76,12 @@ def all_ways(
     return {name: one_step(device, parallel, way, dtype, drops) for name, way in WAYS.items()}
 
 
-def check(by_way: dict[str, dict[str, Tensor]], dtype: str, drops: bool, exact: bool) -> None:
+def check(
+    by_way: dict[str, dict[str, Tensor]],
+    drops: bool,
+    tolerance: float,
+    exact: tuple[str, ...] = REPEATED,
+) -> None:
     expected = by_way["none"]
     dropped = int(expected["0 num_dropped"])
     assert (dropped > 0) == drops
@@ -84,20 +89,22 @@ def check(by_way: dict[str, dict[str, Tensor]], dtype: str, drops: bool, exact: 
     for way, values in by_way.items():
         for name, value in values.items():
             said = f"{way}: {name}"
-            if value.dtype == torch.int64 or (exact and way in REPEATED):
+            if value.dtype == torch.int64 or way in exact:
                 assert torch.equal(value, expected[name]), said
                 continue
             size = expected[name].abs().max()
             assert size > 0, said
             error = (value - expected[name]).abs().max() / size
-            assert error <= {"float32": 2e-6, "bfloat16": 2e-2}[dtype], f"{said}: {error}"
+            assert error <= tolerance, f"{said}: {error}"
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("drops", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ways_agree_on_one_rank(dtype: str, drops: bool, one_rank: torch.device) -> None:
-    check(all_ways(one_rank, {"zero_stage": 1}, dtype, drops), dtype, drops, exact=True)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_ways_agree_on_one_rank(
+    dtype: str, tolerance: float, drops: bool, one_rank: torch.device
+) -> None:
+    check(all_ways(one_rank, {"zero_stage": 1}, dtype, drops), drops, tolerance)
 
 
 @pytest.mark.slow
@@ -105,4 +112,15 @@ def test_ways_agree_on_one_rank(dtype: str, drops: bool, one_rank: torch.device)
 def test_ways_agree_over_ranks(parallel: dict[str, Any]) -> None:
     drops = "ep" in parallel or "etp" in parallel
     for by_way in run_world(all_ways, 2, parallel, "float32", drops):
-        check(by_way, "float32", drops, exact=True)
+        check(by_way, drops, 2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_checkpointing_on_the_gpu(stage: int, one_rank: torch.device) -> None:
+    # Sums over rows may come in another order there.
+    check(all_ways(one_rank, {"zero_stage": stage}, "float32", True), True, 1e-5, exact=())
+    low = all_ways(one_rank, {"zero_stage": stage}, "bfloat16", True)
+    # Rows of chunks may be rounded otherwise, and then be routed otherwise.
+    check({way: low[way] for way in ("none", *REPEATED)}, True, 2e-2, exact=())

@@ -123,6 +123,6 @@ def test_a_host_without_room_is_told() -> None:
     check_host(config, 2, int(2 * host_bytes(config) / 0.69))
     with pytest.raises(ValueError, match=r"trainer\.offload_checkpoints=true pins .* 2 rank"):
         check_host(config, 2, 3 * host_bytes(config) // 2)
-    assert GIB / 2 < find_host_memory()
+    assert find_host_memory() > GIB / 2
     config.trainer.offload_checkpoints = False
     check_host(config, 8, 0)
