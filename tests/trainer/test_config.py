@@ -47,7 +47,7 @@ def compile_with(axis: str) -> Change:
     return change
 
 
-def together(**values: Any) -> Change:
+def together(**values: object) -> Change:
     """Several keys of the trainer."""
 
     def change(config: RunConfig) -> None:
