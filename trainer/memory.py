@@ -487,7 +487,7 @@ def _block_moments(config: RunConfig, layer: int, experts: int, dense: int) -> B
             3 * row + in_chunk,
             kept.here,
             around_core + on_its_way,
-            _chunked_attention_work(s, softmax) + near,
+            _chunked_attention_work(s, softmax, near),
         )
     attention = attention_activations(s, softmax=softmax)
     router = router_activations(s)
@@ -529,16 +529,16 @@ def _attention_work(s: Sizes, weight_bytes: int, softmax: bool) -> int:
     return max(3 * row, in_core) + weight_bytes
 
 
-def _chunked_attention_work(s: Sizes, softmax: bool) -> int:
+def _chunked_attention_work(s: Sizes, softmax: bool, chunk: int) -> int:
     """The same where all but the core is done in chunks, beside the input, in- and output of the
-    core: gradients of this half's in- and output and of the core's output; or of the input and of
-    the core's in- and output, which softmax attention keeps until then."""
+    core: gradients of this half's in- and output and of the core's output, and what a chunk takes;
+    or of the input and of the core's in- and output, which softmax attention keeps until then."""
     gradients = s.h + (2 * s.i + 2 * s.v * s.kv_ranks if softmax else 3 * s.i)
     in_core = s.e * s.T * gradients + (_core_scratch(s) if softmax else 0)
-    return max(in_core, s.e * s.T * (2 * s.h + s.i))
+    return max(in_core, s.e * s.T * (2 * s.h + s.i) + chunk)
 
 
 def _core_scratch(s: Sizes) -> int:
-    """Of softmax attention's backward pass: gradient of q in fp32, and a copy of one of its size.
-    Not measured; FlashAttention 2 also takes gradients of k and v by query head."""
-    return s.T * s.i * (FP32 + s.e)
+    """Of softmax attention's backward pass: the gradient of q in fp32. Not measured;
+    FlashAttention 2 also takes gradients of k and v by query head."""
+    return FP32 * s.T * s.i

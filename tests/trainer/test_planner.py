@@ -1,18 +1,17 @@
 """The planner's counts against torch: saved tensors, shards, measured peaks; and by hand."""
 
-import sys
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+from support.meta import forward, meta_model, use_kernels_of_a_gpu
 from support.tiny import ROOT, compose_config, tiny_config, tiny_engine, tiny_model
 from support.worlds import run_world
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
 
 from fulmen.models.config import ModelConfig
-from fulmen.models.text import Block, LossOutput, TextModel
 from fulmen.parallel import checkpointing
 from fulmen.parallel.config import ParallelConfig
 from fulmen.trainer import run
@@ -63,18 +62,9 @@ def text01_1b(tokens: int, **parallel: int) -> RunConfig:
 def saved_bytes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> int:
     """What autograd keeps in a forward pass on the kernels a GPU would take, parameters apart.
 
-    On the meta device: the Triton ops declare their outputs' shapes, so none of them is run.
+    What checkpoints keep is counted too.
     """
-    pytest.importorskip("triton")
-    others = {"attention": "torch_varlen", "grouped_gemm": "grouped_mm"}
-
-    def choose(op: str, *candidates: tuple[str, str]) -> str:
-        return others.get(op, "triton")
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fulmen.kernels.") and hasattr(module, "choose"):
-            monkeypatch.setattr(module, "choose", choose)
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.trainer.dtype]
+    use_kernels_of_a_gpu(monkeypatch)
     tokens = config.trainer.micro_batch_tokens
     sizes: dict[int, int] = {}
     alive = []
@@ -98,23 +88,11 @@ def saved_bytes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> int:
     plain_policy = checkpointing._policy
     monkeypatch.setattr(checkpointing, "keep_here", keep_here)
     monkeypatch.setattr(checkpointing, "_policy", policy)
-    with torch.device("meta"):
-        model = TextModel(config.model, config.moe)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(torch.float32 if ".gate." in name else dtype)
-        checkpointing.checkpoint_activations(
-            cast(list[Block], list(model.layers)),
-            config.trainer.activation_checkpointing,
-            chunk_tokens=config.trainer.chunk_tokens,
-            offload=False,
-            device=torch.device("meta"),
-        )
-        own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        ids = torch.empty(1, tokens, dtype=torch.int64)
-        bounds = torch.empty(3, dtype=torch.int32)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            output = model(ids, labels=ids, cu_seqlens=bounds, num_tokens=tokens)
-        assert isinstance(output, LossOutput)
+    model = meta_model(config)
+    own |= {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        output = forward(model, tokens)
+    assert output.loss_sum.requires_grad
     return sum(sizes.values())
 
 
