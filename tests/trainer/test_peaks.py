@@ -48,7 +48,8 @@ def test_peaks_are_those_of_a_step(
     predicted = max(sum(moment[part] for part in parts) for moment in moments(config, 1, 1))
     s = sizes_of(config)
     # Not seen: inside of the experts' backward pass the gradients of gate and up, the inner rows,
-    # one of two gradients of the rows; softmax attention's own memory. Not predicted: gradients of weights beside each other.
+    # one of two gradients of the rows; softmax attention's own memory. Not predicted: gradients of
+    # weights beside each other.
     rows = s.rows * (config.trainer.chunk_tokens or TOKENS) // TOKENS
     inside = max(s.e * rows * (3 * s.f + s.h), (4 * s.T * s.i if way == FULL | CHUNKS else 0))
     assert live.peak - 0.4 * GIB < predicted < live.peak + inside + 0.4 * GIB
