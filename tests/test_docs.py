@@ -16,6 +16,7 @@ DOCUMENTS = [
     "docs/evaluation.md",
     "docs/planner.md",
     "docs/scaling.md",
+    "docs/memory.md",
     "docs/kernels.md",
     "docs/data.md",
     "docs/huggingface.md",
