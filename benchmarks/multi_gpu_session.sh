@@ -2,8 +2,9 @@
 # What a machine with two GPUs can show of the parallelism, stage by stage: correctness first.
 #
 #     bash benchmarks/multi_gpu_session.sh [tests] [softmax] [experts] [steps] [sequence]
+#     bash benchmarks/multi_gpu_session.sh long    # the hybrid to 1M tokens by cp 2, five minutes
 #
-# Without names it runs all, about nine minutes. Results go to the folder $OUT. Prepared data lie in
+# Without names it runs all of the first line, about nine minutes. Results go to the folder $OUT. Prepared data lie in
 # data_cache/stdlib.
 export OMP_NUM_THREADS=4
 source benchmarks/session.sh
@@ -24,7 +25,10 @@ tests() {
     wait
 }
 sequence() { run sequence 80 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[lightning]'" 14; }
-softmax() { run softmax 90 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[softmax]' 'lengths=[32768,131072,524288]'" 14; }
+softmax() { # two heads at a million tokens, where eight would take minutes
+    run softmax 90 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[softmax]' 'lengths=[32768,131072,524288]'" 14
+    run softmax_1m 90 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[softmax]' 'lengths=[1048576]' softmax_heads=2 seconds=0.1" 5
+}
 experts() { run experts 80 "$(ranks 2) benchmarks/experts_over_ranks.py ep=2 model=text01_3b layers=8 'groups=[1,2]'; $(ranks 2) benchmarks/experts_over_ranks.py etp=2 'groups=[1,2]' model=text01_3b" 8; }
 steps() {
     local step="benchmarks/train_step.py model=text01_1b rival=false steps=15 profile=true"
@@ -39,7 +43,10 @@ steps() {
     run long_dp2 40 "$(ranks 2) $long" 1
     run long_cp2 40 "$(ranks 2) $long parallel.cp=2" 1
     run long_cp2_lasp 40 "$(ranks 2) $long parallel.cp=2 parallel.lightning_attention=lasp" 1
+    run longer_dp2 40 "$(ranks 2) $long micro_batch_tokens=65536" 1
+    run longer_cp2 40 "$(ranks 2) $long micro_batch_tokens=65536 parallel.cp=2" 1
 }
+long() { run long_cp2 400 "python3 benchmarks/long_steps.py ranks=2 'kinds=[hybrid]' budget_s=390 output=$out/long_cp2" 12; }
 
 [ $# -gt 0 ] || set -- tests softmax experts steps sequence
 for stage in "$@"; do "$stage"; done

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from fulmen.kernels.cross_entropy.triton_cross_entropy import triton_linear_cross_entropy
 from fulmen.kernels.gated_norm.triton_gated_norm import triton_gated_rms_norm
+from fulmen.kernels.lightning import part
 from fulmen.kernels.lightning.launch import triton_lightning_attention
 from fulmen.kernels.moe.triton_experts import fused_grouped_swiglu
 from fulmen.kernels.moe.triton_permute import triton_permutation, triton_permute, triton_unpermute
 from fulmen.kernels.moe.triton_router import triton_route
+from fulmen.kernels.moe.triton_segments import triton_transpose_segments
 from fulmen.kernels.norm.triton_norm import triton_deepnorm, triton_rms_norm
 from fulmen.kernels.rope.triton_rope import triton_rope
 from fulmen.kernels.silu_qkv.triton_silu_qkv import triton_silu_qkv
@@ -63,6 +65,26 @@ def experts(dtype: torch.dtype) -> list[Tensor]:
     return [triton_unpermute(rows, weights, destinations, num_kept), probabilities]
 
 
+def parts(dtype: torch.dtype) -> list[Tensor]:
+    """What a rank does with its part of a row: all passes and the sum of states, both ways."""
+    results = []
+    slopes = torch.tensor([0.1, 0.0], device="cuda")
+    for bounds in (None, [0, 1, 70, 200]):
+        q, k, v, d_out = (normal(1, 200, 2, 128, dtype=dtype).detach() for _ in range(4))
+        cu_seqlens = None if bounds is None else torch.tensor(bounds, device="cuda").int()
+        last = slice(0 if bounds is None else bounds[-2], None)
+        states = torch.stack([part.closing_state(k[:, last], v[:, last], slopes)] * 3)
+        coming = torch.stack([part.opening_gradient(q[:, :70], d_out[:, :70], slopes)] * 3)
+        entering = part.combine_states(states, slopes, 0, 3, 200, reverse=False)
+        d_leaving = part.combine_states(coming, slopes, 1, 3, 200, reverse=True)
+        out, kept = part.part_forward(q, k, v, slopes, cu_seqlens, entering)
+        dq = part.part_backward_q(d_out, k, v, slopes, cu_seqlens, entering, kept)
+        results += [out, dq]
+        results += part.part_backward_kv(d_out, q, k, v, slopes, cu_seqlens, d_leaving, kept)
+    sizes = torch.tensor([[3, 0, 20], [9, 20, 1]], device="cuda")
+    return [*results, triton_transpose_segments(normal(61, 72, dtype=dtype), sizes)]
+
+
 def others(dtype: torch.dtype) -> list[Tensor]:
     x, update, weight = normal(37, 2056, dtype=dtype), normal(37, 2056, dtype=dtype), normal(2056)
     angles = torch.rand(37, 16, device="cuda")
@@ -87,14 +109,14 @@ def main() -> None:
         print("benchmarks/sanitize.py: no CUDA device here, nothing to run")
         return
     torch.manual_seed(0)
-    parts: list[Callable[[torch.dtype], list[Tensor]]] = [lightning, experts, others]
-    for part in parts:
+    groups: list[Callable[[torch.dtype], list[Tensor]]] = [lightning, parts, experts, others]
+    for group in groups:
         for dtype in (torch.bfloat16, torch.float32):
-            results = part(dtype)
+            results = group(dtype)
             torch.stack([x.float().square().sum() for x in results]).sum().backward()
             torch.cuda.synchronize()
             finite = all(bool(x.isfinite().all()) for x in results)
-            print(f"{part.__name__} {dtype}: {len(results)} results, finite {finite}", flush=True)
+            print(f"{group.__name__} {dtype}: {len(results)} results, finite {finite}", flush=True)
             if not finite:
                 sys.exit(1)
 

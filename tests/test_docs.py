@@ -15,6 +15,8 @@ DOCUMENTS = [
     "docs/training.md",
     "docs/evaluation.md",
     "docs/planner.md",
+    "docs/scaling.md",
+    "docs/memory.md",
     "docs/kernels.md",
     "docs/data.md",
     "docs/huggingface.md",

@@ -138,6 +138,7 @@ class Throughput:
         row = {
             "step_time_s": elapsed / self._steps,
             "tokens_per_s": self._tokens / elapsed,
+            "flops_per_token": flops / self._tokens,
             "tflops_per_device": flops / per_device / 1e12,
             "mfu": flops / per_device / self._peak if self._peak else None,
             "mfu_palm": palm / per_device / self._peak if self._peak else None,

@@ -24,14 +24,18 @@ from fulmen.trainer.memory import (
     compute_bytes,
     count_model,
     find_peak,
+    host_bytes,
     list_units,
     sizes_of,
 )
+from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_tokens, total_tokens
 
 NODE = 8
 """GPUs joined by NVLink."""
 SECONDS_PER_DAY = 86_400
+CHUNK_TOKENS = 65_536
+"""Suggested as trainer.chunk_tokens: large enough for the products, small beside a long row."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Assumptions:
     """Of each GPU, in one direction, between nodes: 400 Gbit/s."""
     network_share: float = 0.7
     """Collectives between nodes; not measured here."""
+    host_gb_per_s: float = 50.0
+    """Of each GPU, to and from pinned host memory, in one direction; not measured."""
     hidden_share: float = 0.8
     """ZeRO's exchanges run beside work, up to this share of its time; not measured at scale."""
     host_ms_per_layer: float = 18.8
@@ -152,8 +158,14 @@ def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, ba
     busy = sum(work.values())
     zero = exchange_s.get("ZeRO", 0.0)
     shown = max(0.0, zero - assume.hidden_share * busy) + sum(exchange_s.values()) - zero
+    if host_bytes(config):
+        # Out and back on a stream of their own, beside all other work.
+        exchange_gb["host memory"] = 2 * count * host_bytes(config) / 1e9
+        exchange_s["host memory"] = exchange_gb["host memory"] / assume.host_gb_per_s
+        shown += max(0.0, exchange_s["host memory"] - busy)
     # Launches as work: a block that is computed again is launched again.
-    again = 4 / 3 if config.trainer.activation_checkpointing == "full" else 1
+    passes = count_passes(config)
+    again = passes.experts / 3 * passes.chunks
     host = again * count * config.model.num_layers * assume.host_ms_per_layer / 1e3
     seconds = max(busy + shown, host)
     mfu = None
@@ -172,26 +184,24 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         num_assignments=s.rows // s.etp * model.num_layers,
     )
     peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
-    full = config.trainer.activation_checkpointing == "full"
-    blocks = 4 if full else 3  # forward passes' worth
+    passes = count_passes(config)
     lightning = model.num_layers - model.num_softmax_layers
-    # Of 11 tensors that the core moves, forward reads and writes 4.
-    core_bytes = lightning * s.e * s.T * s.i * (15 if full else 11)
+    core_bytes = lightning * s.e * s.T * s.i * passes.lightning_tensors
     bandwidth = gpu.memory_gb_per_s * 1e9
     projections = flops["softmax_projections"] + flops["lightning_projections"]
     matmul_rate = peak * assume.matmul_share
     return {
-        "projections": blocks * projections / matmul_rate,
+        "projections": passes.projections * projections / matmul_rate,
         "head": 3 * flops["head"] / matmul_rate,
-        "experts": blocks * flops["experts"] / (peak * assume.grouped_share),
-        "router": blocks * flops["router"] / (gpu.fp32_tflops * 1e12 * assume.fp32_share),
-        "softmax core": blocks * flops["softmax_core"] / (peak * assume.softmax_share),
+        "experts": passes.experts * flops["experts"] / (peak * assume.grouped_share),
+        "router": passes.experts * flops["router"] / (gpu.fp32_tflops * 1e12 * assume.fp32_share),
+        "softmax core": passes.softmax_core * flops["softmax_core"] / (peak * assume.softmax_share),
         "lightning core": core_bytes / (bandwidth * assume.lightning_share),
-        "memory-bound ops": _moved_bytes(config, s, full) / (bandwidth * assume.memory_share),
+        "memory-bound ops": _moved_bytes(config, s, passes) / (bandwidth * assume.memory_share),
     }
 
 
-def _moved_bytes(config: RunConfig, s: Sizes, full: bool) -> int:
+def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes) -> int:
     """Of ops that are bound by memory: each input read once, each output written once.
 
     Forward and backward numbers a token: norm 2 h + 3 h, deepnorm 3 h + 5 h, residual sum 5 h + 3
@@ -199,12 +209,14 @@ def _moved_bytes(config: RunConfig, s: Sizes, full: bool) -> int:
     permutation h + k h each way, weighted sum k h + h and h + 2 k h. A row: SwiGLU 3 f + 6 f, sum
     of gradients 3 h.
     """
-    again = 2 if full else 1
+    again = passes.attention_ops
     softmax = config.model.num_softmax_layers
     lightning = config.model.num_layers - softmax
-    forward = s.T * (15 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
+    # Both norms belong to the attention half.
+    of_experts = s.T * (10 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
+    forward = again * s.T * 5 * s.h + passes.expert_ops * of_experts
     backward = s.T * (17 + 3 * s.k) * s.h + 6 * s.rows * s.f // s.etp + 3 * s.rows * s.h
-    blocks = config.model.num_layers * (again * forward + backward)
+    blocks = config.model.num_layers * (forward + backward)
     blocks += lightning * s.T * s.i * (9 * again + 14)
     blocks += softmax * s.T * 2 * (s.i + s.v) * (again + 1)
     return s.e * blocks
@@ -241,21 +253,20 @@ def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> I
         else:
             size = (gathers * unit.copy_bytes + reductions * FP32) * unit.whole * others
         yield "ZeRO", size, unit.ranks, split if unit.name == "experts" else 1
-    # Forward and backward; again forward, if a block is computed again.
-    passes = 3 if config.trainer.activation_checkpointing == "full" else 2
+    passes = count_passes(config)
     lightning = model.num_layers - model.num_softmax_layers
     rows = s.rows // s.etp * s.h * s.e  # of one exchange
     layers = count * model.num_layers
     if parallel.ep > 1:
-        size = layers * 2 * passes * rows * (parallel.ep - 1) / parallel.ep
+        size = layers * 2 * passes.rows * rows * (parallel.ep - 1) / parallel.ep
         yield "rows to experts", size, parallel.ep, parallel.etp
     if parallel.etp > 1:
-        yield "rows over etp", layers * 2 * passes * rows * (parallel.etp - 1), parallel.etp, 1
+        yield "rows over etp", layers * 2 * passes.rows * rows * (parallel.etp - 1), parallel.etp, 1
     if parallel.cp > 1:
         others = parallel.cp - 1
-        keys = others * s.T * 2 * s.v * (s.e * (passes - 1) + FP32)
+        keys = others * s.T * 2 * s.v * (s.e * (passes.keys - 1) + FP32)
         yield "keys and values", count * model.num_softmax_layers * keys, parallel.cp, 1
-        states = others * FP32 * s.state * passes
+        states = others * FP32 * s.state * passes.states
         yield "lightning states", count * lightning * states, parallel.cp, 1
 
 
@@ -383,6 +394,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "experts": sum(unit.shard for unit in units if unit.name == "experts"),
         },
         "memory_gib_per_rank": {"total": round(plan.memory_gib, 3), **parts},
+        "host_gib_per_rank": round(host_bytes(config) / GIB, 3),
         "usable_gib": plan.usable_gib,
         "fits": plan.fits,
         "flops_per_token": step_flops(config, 1),
@@ -447,7 +459,9 @@ def suggest(config: RunConfig, gpus: int, usable_gib: float) -> list[Change] | N
     parallel, trainer = config.parallel, config.trainer
     dims: list[list[Change | None]] = [
         [None, *(("parallel.ep", ep) for ep in _divisors(config.model.num_experts))],
-        [None, ("trainer.activation_checkpointing", "full")],
+        [None, *(("trainer.activation_checkpointing", name) for name in ("selective", "full"))],
+        [None, ("trainer.chunk_tokens", CHUNK_TOKENS)],
+        [None, ("trainer.offload_checkpoints", True)],
         [None, ("parallel.zero_stage", 3)],
         [None, *(("trainer.micro_batch_tokens", n * config.data.seq_len) for n in (4, 2, 1))],
         [None, ("parallel.cp", 2), ("parallel.cp", 4), ("parallel.cp", 8)],
@@ -457,15 +471,14 @@ def suggest(config: RunConfig, gpus: int, usable_gib: float) -> list[Change] | N
         "parallel.zero_stage": parallel.zero_stage,
         "parallel.cp": parallel.cp,
         "trainer.activation_checkpointing": trainer.activation_checkpointing,
+        "trainer.chunk_tokens": trainer.chunk_tokens or CHUNK_TOKENS + 1,
+        "trainer.offload_checkpoints": trainer.offload_checkpoints,
         "trainer.micro_batch_tokens": trainer.micro_batch_tokens,
     }
     choices = []
     for picked in itertools.product(*reversed(dims)):  # the first varies fastest
         changes = [change for change in reversed(picked) if change is not None]
-        grows = any(
-            not isinstance(value, str) and key != "trainer.micro_batch_tokens" and value < now[key]
-            for key, value in changes
-        )
+        grows = any(key.startswith("parallel.") and value < now[key] for key, value in changes)
         smaller = all(
             value < now[key] for key, value in changes if key == "trainer.micro_batch_tokens"
         )

@@ -62,7 +62,7 @@ def test_niah_training(tmp_path: Path) -> None:
         "seconds=8",
         "lengths=[64,128]",
         "shares=[0.5,0.5]",
-        "step_tokens=[256,256]",
+        "step_tokens=256",
         "num_keys=16",
         "dtype=float32",
         "workers=1",

@@ -143,6 +143,7 @@ def test_throughput_divides_by_time_devices_and_peak(monkeypatch: pytest.MonkeyP
     hand = 3 * 2 * (8192 * dense + 0.75 * ASSIGNMENTS * 339_738_624 + 10 * PAIRS * 32_768)
     assert row["step_time_s"] == 5.0
     assert row["tokens_per_s"] == 2 * 8192 / 10
+    assert row["flops_per_token"] == pytest.approx(hand / (2 * 8192))
     assert row["tflops_per_device"] == pytest.approx(hand / 10 / 4 / 1e12)
     assert row["mfu"] == pytest.approx(hand / 10 / 4 / 1e15)
     palm = 2 * 8192 * (6 * 47_172_550_656 + 12 * 10 * 64 * 128 * 8192)
