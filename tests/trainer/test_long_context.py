@@ -222,6 +222,6 @@ def test_common_words(tiny_data: Path) -> None:
     assert len({count for _, count in counts}) == 4  # each place is decided
     assert make_cell_prompt(cell, language, seed=0, sample=1).answer != prompt.answer
     with pytest.raises(ValueError, match="no room for common words"):
-        make_cell_prompt(Cell("common_words", 450, 0.0), language, seed=0, sample=0)
+        make_cell_prompt(Cell("common_words", 100, 0.0), language, seed=0, sample=0)
     with pytest.raises(ValueError, match="leave it out"):
         make_cell_prompt(cell, LANGUAGE, seed=0, sample=0)

@@ -42,15 +42,16 @@ def make_common_words(language: Language, rng: np.random.Generator, *, length: i
     room = length - len(answer) - len(question)
     mean = len(language.encode("\n".join(words))) / len(words)
     weights = np.array([COMMON + 1 - place for place in range(COMMON)] + [1] * len(words[COMMON:]))
-    # As many others as can come twice, so that the common ones stand out.
     entries = max(0, int(0.95 * (room - len(language.encode(INTRODUCTION))) / mean))
-    kept = min(len(words), max(2 * COMMON, entries // 2))
+    # Of the others as many as can come twice.
+    kept = min(len(words), max(2 * COMMON, entries // 2 - COMMON * (COMMON + 1) // 2))
     counts = np.floor(entries * weights[:kept] / weights[:kept].sum()).astype(int)
     listed = list(chain.from_iterable([w] * c for w, c in zip(words[:kept], counts, strict=True)))
-    if counts[COMMON - 1] <= counts[COMMON:].max(initial=0) or len(set(counts[:COMMON])) < COMMON:
-        raise ValueError(f"a prompt of {length} tokens has no room for common words: ask for more")
     shown = INTRODUCTION + "".join(f"{word}\n" for word in rng.permutation(listed))
     ids = language.encode(shown)
+    decided = np.all(counts[:COMMON] > counts[1 : COMMON + 1])
+    if not decided or len(ids) > room:
+        raise ValueError(f"a prompt of {length} tokens has no room for common words: ask for more")
     filling = language.haystack(rng, room - len(ids))
     before = chain.from_iterable(language.encode(piece.text) for piece in filling)
     whole = "".join(piece.text for piece in filling) + shown + QUESTION
