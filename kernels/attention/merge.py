@@ -36,7 +36,8 @@ class Merged:
     def add(self, k: Tensor, v: Tensor, queries: slice = slice(None)) -> None:
         """Keys and values `[keys, kv_heads, head_dim]` that all of `queries` see."""
         q = self.q[queries]
-        most = MOST_ELEMENTS // k[0].numel() if k.is_cuda and len(k) else MOST_KEYS_ON_TORCH
+        by_library = k.is_cuda and k.dtype in (torch.bfloat16, torch.float16)
+        most = MOST_ELEMENTS // (k.shape[1] * k.shape[2]) if by_library else MOST_KEYS_ON_TORCH
         for block in key_blocks(len(k), most):
             self.merge(*attend_block(q, k[block], v[block]), queries)
 

@@ -1,5 +1,7 @@
 """A text read in pieces gives what it gives in one."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.tiny import VOCAB_SIZE, tiny_model
@@ -130,7 +132,11 @@ def test_pieces_of_ranks() -> None:
 
 
 def read_over_ranks(
-    device: torch.device, parallel: ParallelConfig, chunk_tokens: int, tokens: int
+    device: torch.device,
+    parallel: ParallelConfig,
+    chunk_tokens: int,
+    tokens: int,
+    training: dict[str, Any],
 ) -> tuple[Tensor, Tensor, list[Tensor], int]:
     """Logits, losses, logits of two more tokens, and keys that this rank holds of a layer."""
     config: ModelConfig = tiny_model(**SHAPE)
@@ -142,9 +148,9 @@ def read_over_ranks(
         mesh,
         parallel,
         dtype=torch.float32,
-        activation_checkpointing="none",
         compile_blocks=False,
         seed=1,
+        **training,
     )
     model.eval()
     ids = text(tokens)
@@ -159,22 +165,24 @@ def read_over_ranks(
 
 
 @pytest.mark.parametrize(
-    ("parallel", "size", "chunk_tokens"),
+    ("parallel", "size", "chunk_tokens", "training"),
     [
-        (ParallelConfig(cp=2), 2, 30),
-        (ParallelConfig(cp=4), 4, 64),
-        (ParallelConfig(cp=2, zero_stage=3), 4, 50),
-        (ParallelConfig(cp=2, ep=2), 4, 31),
-        (ParallelConfig(), 2, 40),
+        (ParallelConfig(cp=2), 2, 30, {}),
+        (ParallelConfig(cp=4), 4, 64, {}),
+        (ParallelConfig(cp=2, zero_stage=3), 4, 50, {}),
+        (ParallelConfig(cp=2, ep=2), 4, 31, {}),
+        (ParallelConfig(), 2, 40, {}),
+        (ParallelConfig(cp=2), 2, 60, {"activation_checkpointing": "full", "chunk_tokens": 16}),
     ],
-    ids=["cp 2", "cp 4", "cp 2, dp 2, zero 3", "cp 2, ep 2", "dp 2"],
+    ids=["cp 2", "cp 4", "cp 2, dp 2, zero 3", "cp 2, ep 2", "dp 2", "trained in chunks"],
 )
 def test_ranks_read_one_text_together(
-    parallel: ParallelConfig, size: int, chunk_tokens: int
+    parallel: ParallelConfig, size: int, chunk_tokens: int, training: dict[str, Any]
 ) -> None:
     tokens = 151
     model = make_model(torch.float32)
-    results = run_world(read_over_ranks, size, parallel, chunk_tokens, tokens)
+    training = {"activation_checkpointing": "none"} | training
+    results = run_world(read_over_ranks, size, parallel, chunk_tokens, tokens, training)
     for rank, (logits, losses, more, held) in enumerate(results):
         ids = text(tokens)[: tokens - 20 * (rank // parallel.cp)]
         whole = model(torch.cat([ids, torch.tensor([5, 6])])[None])[0]

@@ -61,16 +61,19 @@ def make_cell_prompt(cell: Cell, language: Language, *, seed: int, sample: int) 
     task = TASKS[cell.task]
     place = list(TASKS).index(cell.task)
     rng = np.random.default_rng([seed, place, cell.length, round(cell.depth * 1000), sample])
-    if task.kind == "common_words":
-        return make_common_words(language, rng, length=cell.length)
-    return make_prompt(
-        task.kind,
-        language,
-        rng,
-        length=cell.length,
-        depth=cell.depth,
-        num_distractors=task.num_distractors,
-    )
+    try:
+        if task.kind == "common_words":
+            return make_common_words(language, rng, length=cell.length)
+        return make_prompt(
+            task.kind,
+            language,
+            rng,
+            length=cell.length,
+            depth=cell.depth,
+            num_distractors=task.num_distractors,
+        )
+    except ValueError as error:
+        raise ValueError(f"{cell.task} in lengths={cell.length}: {error}") from None
 
 
 def score_cells(
