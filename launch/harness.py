@@ -5,6 +5,7 @@ hub, those of `include_path` from where their YAML says. Keys: recipes/harness.y
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class HarnessConfig:
 def evaluate(config: HarnessConfig) -> None:
     """Load, hand over to the harness, print and keep its table."""
     checkpoint = find_checkpoint(config.run, config.checkpoint)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("the harness runs in one process: start with python, without torchrun")
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={config.dtype}: must be one of float32, bfloat16")
     if not config.tasks:

@@ -59,3 +59,16 @@ def test_blocks_cover_all_keys_in_few_sizes(most: int) -> None:
         sizes = {block.stop - block.start for block in blocks if block.stop < keys}
         assert all(size % 1024 == 0 and (size // 1024).bit_count() == 1 for size in sizes)
         assert all(size <= max(most, 1024) for size in sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("queries", "keys"), [(2, 5), (300, 3000), (2048, 20000), (20000, 60000)])
+def test_on_the_gpu(queries: int, keys: int) -> None:
+    """Against fp32 formulas; the largest go to cuDNN where there is one."""
+    q = rows(1, queries, 8, 64, seed=0, dtype=torch.bfloat16).cuda()
+    k, v = (rows(1, keys, 2, 64, seed=n, dtype=torch.bfloat16).cuda() for n in (1, 2))
+    some = slice(-min(queries, 64), None)  # the last of them, or scores would fill the memory
+    found = attend_behind(q, k, v)[:, some].float()
+    wanted = reference_attention(q[:, some].float(), k.float(), v.float())
+    assert (found - wanted).abs().max() < 2e-2 * wanted.abs().max()

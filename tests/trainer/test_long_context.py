@@ -1,5 +1,6 @@
 """Retrieval and loss by position: scores, how ranks share them, and pictures."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
 
 LANGUAGE = Words(num_keys=64, num_fillers=32)
-CELLS = [Cell(task, length, depth) for task in TASKS for length in (200, 301) for depth in (0, 1)]
+HIDDEN = [task for task in TASKS if task != "common_words"]
+CELLS = [Cell(task, length, depth) for task in HIDDEN for length in (200, 301) for depth in (0, 1)]
 
 
 class Oracle:
@@ -206,3 +208,20 @@ def test_a_language_of_prepared_text(tiny_data: Path) -> None:
     prompt = make_cell_prompt(Cell("niah", 700, 0.5), language, seed=0, sample=0)
     assert len(prompt.ids) + len(prompt.answer) == 700
     assert prompt.answer_text.strip() in prompt.text
+
+
+def test_common_words(tiny_data: Path) -> None:
+    config = tiny_config(tiny_data)
+    language = open_language(config.data.sources, vocab_size=config.model.vocab_size)
+    cell = Cell("common_words", 1500, 0.0)
+    prompt = make_cell_prompt(cell, language, seed=0, sample=0)
+    assert len(prompt.ids) + len(prompt.answer) == 1500
+    listed = prompt.text[prompt.text.index("Memorise") :].splitlines()[1:-1]
+    counts = Counter(listed).most_common(4)
+    assert [word for word, _ in counts[:3]] == prompt.answer_text.split(", ")
+    assert len({count for _, count in counts}) == 4  # each place is decided
+    assert make_cell_prompt(cell, language, seed=0, sample=1).answer != prompt.answer
+    with pytest.raises(ValueError, match="no room for common words"):
+        make_cell_prompt(Cell("common_words", 100, 0.0), language, seed=0, sample=0)
+    with pytest.raises(ValueError, match="leave it out"):
+        make_cell_prompt(cell, LANGUAGE, seed=0, sample=0)

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of exercise of data/retrieval.py, made harder by others that are never asked for."""
+    """A kind of exercise of data/retrieval.py, made harder by others that are never asked for.
+
+    common_words is a kind of its own (common_words.py), which lies in no one place.
+    """
 
     kind: str
     num_distractors: int = 0
@@ -17,6 +20,7 @@ TASKS = {
     "multi_value": Task("multi_value"),
     "tracking": Task("tracking"),
     "passage": Task("passage"),
+    "common_words": Task("common_words"),
 }
 """Retrieval tasks by name; docs/evaluation.md describes them."""
 
@@ -28,7 +32,7 @@ class LongContextConfig:
     every_steps: int | None = None
     """Steps between evaluations, and one at the end of the run; null = none at all."""
     tasks: list[str] = field(default_factory=lambda: ["niah"])
-    """niah, multi_key, multi_value, tracking, passage."""
+    """niah, multi_key, multi_value, tracking, passage, common_words."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of a text with its question and answer; empty = data.seq_len."""
     depths: int = 5

@@ -17,6 +17,7 @@ from fulmen.data.retrieval import Language, Prompt, language_of, make_prompt
 from fulmen.data.shards import PreparedSplit, read_manifest
 from fulmen.data.tokenise import load_tokenizer
 from fulmen.parallel.mesh import Mesh
+from fulmen.trainer.long_context.common_words import make_common_words
 from fulmen.trainer.long_context.config import TASKS
 from fulmen.trainer.prefill import Reader
 
@@ -60,6 +61,8 @@ def make_cell_prompt(cell: Cell, language: Language, *, seed: int, sample: int) 
     task = TASKS[cell.task]
     place = list(TASKS).index(cell.task)
     rng = np.random.default_rng([seed, place, cell.length, round(cell.depth * 1000), sample])
+    if task.kind == "common_words":
+        return make_common_words(language, rng, length=cell.length)
     return make_prompt(
         task.kind,
         language,
