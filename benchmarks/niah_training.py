@@ -9,8 +9,8 @@ They come in `lengths`, short ones first: a length is left when the loss of its 
 below `enough`, or when its share of the time is over, and shorter ones stay in every second step.
 Then each cell of the ladder, to 4 times the longest length, is read as launch/evaluate.py does.
 
-Writes into `output`: training.jsonl, results.json and a heat map a task. Nothing goes on after `seconds`
-of training and `evaluation_seconds` of the ladder, whose finished lengths are kept.
+Writes into `output`: training.jsonl, results.json and a heat map a task. Nothing goes on after
+`seconds` of training and `evaluation_seconds` of the ladder, whose finished lengths are kept.
 """
 
 import itertools
