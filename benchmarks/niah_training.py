@@ -9,8 +9,8 @@ They come in `lengths`, short ones first: a length is left when the loss of its 
 below `enough`, or when its share of the time is over, and shorter ones stay in every second step.
 Then each cell of the ladder, to 4 times the longest length, is read as launch/evaluate.py does.
 
-Writes into `output`: training.jsonl, results.json, heat_map.png. Nothing goes on after `seconds`
-of training and `evaluation_seconds` of the ladder, whose finished lengths are kept.
+Writes into `output`: training.jsonl, results.json and a heat map a task. Nothing goes on after
+`seconds` of training and `evaluation_seconds` of the ladder, whose finished lengths are kept.
 """
 
 import itertools
@@ -38,6 +38,7 @@ from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.plan import parallelize
 from fulmen.parallel.rendezvous import join_world
 from fulmen.trainer.config import OptimConfig
+from fulmen.trainer.long_context.config import TASKS
 from fulmen.trainer.long_context.pictures import draw_heat_map
 from fulmen.trainer.long_context.tasks import Cell, depths_of, score_cells
 from fulmen.trainer.optim import Optimizer
@@ -59,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "dtype": "bfloat16",
     "workers": 6,
+    "tasks": ["niah", "many_keys"],
     "depths": 11,
     "samples": 4,
     "ladder": None,  # null = from the shortest length to 4 times the longest, doubling
@@ -73,7 +75,9 @@ DEFAULTS: dict[str, Any] = {
         "num_experts": 4,
         "num_experts_per_token": 2,
         "expert_hidden_size": 256,
-        "rope_theta": 1e6,
+        # Each angle must have been all the way round within the trained length: at 1e6 nothing was
+        # found beyond it.
+        "rope_theta": 1e4,
         # DeepNorm's weight is made for depth; four layers learn to retrieve sooner without it.
         "residual_alpha": 1.0,
     },
@@ -205,8 +209,8 @@ class Training:
         return self.options.lr * warm * min(1.0, max(0.1, 1 - 0.9 * (done - 2 / 3) * 3))
 
 
-def climb(training: Training, output: Path) -> dict[int, dict[float, float]]:
-    """Accuracy by length and depth, as far as the time goes; one JSON line a length."""
+def climb(training: Training, output: Path) -> None:
+    """Accuracy by task, length and depth, as far as the time goes; one JSON line a length."""
     options = training.options
     longest = options.lengths[-1]
     ladder = options.ladder
@@ -217,23 +221,26 @@ def climb(training: Training, output: Path) -> dict[int, dict[float, float]]:
     training.model.eval()
     reader = Reader(training.model, chunk_tokens=options.chunk_tokens, mesh=training.mesh)
     language = Words(num_keys=options.num_keys)
-    found: dict[int, dict[float, float]] = {}
+    found: dict[str, dict[int, dict[float, float]]] = {task: {} for task in options.tasks}
     details: dict[str, dict[str, int]] = {}
     started = time.monotonic()
-    for length in ladder:
+    for length, task in itertools.product(ladder, options.tasks):
+        # A fact takes five tokens; a text should be haystack for the most part.
+        if length < 20 * TASKS[task].num_distractors:
+            continue
         if time.monotonic() - started > options.evaluation_seconds:
-            print(json.dumps({"length": length, "left_out": "no time"}), flush=True)
-            break
-        cells = [Cell("niah", length, depth) for depth in depths_of(options.depths)]
+            print(json.dumps({"task": task, "length": length, "left_out": "no time"}), flush=True)
+            continue
+        cells = [Cell(task, length, depth) for depth in depths_of(options.depths)]
         scores = score_cells(
             reader, language, cells, samples=options.samples, seed=1, mesh=training.mesh
         )
-        found[length] = {}
+        found[task][length] = {}
         for cell, score in zip(cells, scores, strict=True):
-            found[length][cell.depth] = score.accuracy
-            details[f"{length}/{cell.depth:.2f}"] = asdict(score)
-        mean = sum(found[length].values()) / len(cells)
-        print(json.dumps({"length": length, "accuracy": mean}), flush=True)
+            found[task][length][cell.depth] = score.accuracy
+            details[f"{task}/{length}/{cell.depth:.2f}"] = asdict(score)
+        mean = sum(found[task][length].values()) / len(cells)
+        print(json.dumps({"task": task, "length": length, "accuracy": round(mean, 4)}), flush=True)
         facts = {
             "model": options.model,
             "parameters": count_parameters(training.model),
@@ -246,9 +253,8 @@ def climb(training: Training, output: Path) -> dict[int, dict[float, float]]:
             "options": OmegaConf.to_container(options),
         }
         (output / "results.json").write_text(json.dumps(facts, indent=1))
-        title = f"one needle, {options.model} model"
-        draw_heat_map(output / "heat_map.png", found, title=title, trained_length=longest)
-    return found
+        title = f"{task}, {options.model} model"
+        draw_heat_map(output / f"{task}.png", found[task], title=title, trained_length=longest)
 
 
 def main() -> None:

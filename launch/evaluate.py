@@ -30,7 +30,7 @@ class EvaluateConfig:
     tokenizer: str | None = None
     """tokenizer.json; null = the one of the run's first source."""
     tasks: list[str] = field(default_factory=list)
-    """niah, multi_key, multi_value, tracking, passage, common_words, position_loss."""
+    """niah, multi_key, many_keys, multi_value, tracking, passage, common_words, position_loss."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of a text with its question and answer."""
     depths: int = 5

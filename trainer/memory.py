@@ -68,6 +68,7 @@ CONTEXT_BYTES = int(1.5 * GIB)
 FRAGMENTATION = 0.04
 """Of the allocator's peak, for what it holds and cannot use: our choice."""
 HEAD_CHUNK_BYTES, HEAD_SLABS, HEAD_TILE, HEAD_ROWS = 544 * 2**20, 8, 8192, 128
+HEAD_SUMMED_CHUNKS = 32
 """As in kernels/cross_entropy/triton_cross_entropy.py, which needs Triton to be imported."""
 
 
@@ -328,14 +329,18 @@ def host_bytes(config: RunConfig) -> int:
 
 
 def head_scratch(tokens: int, hidden: int, vocab: int, e: int) -> int:
-    """Bytes of logits beside the gradients."""
+    """Bytes of logits beside the gradients, and of the sum of many visits' gradients."""
     rows = max(HEAD_CHUNK_BYTES // (vocab * e) // HEAD_ROWS * HEAD_ROWS, HEAD_ROWS)
     slab = ceil(ceil(vocab / HEAD_SLABS) / HEAD_TILE) * HEAD_TILE
     inside = min(tokens, hidden) if slab < vocab else 0
     if inside <= rows:
-        return min(tokens, rows) * vocab * e
+        inside = 0
+    visits = (inside > 0) + ceil((tokens - inside) / rows)
+    total = FP32 * vocab * hidden if visits > HEAD_SUMMED_CHUNKS else 0
+    if not inside:
+        return min(tokens, rows) * vocab * e + total
     first = inside * slab * e + FP32 * inside * hidden
-    return max(first, min(tokens - inside, rows) * vocab * e)
+    return max(first, min(tokens - inside, rows) * vocab * e) + total
 
 
 Parts = dict[str, int]

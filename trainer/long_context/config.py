@@ -17,6 +17,7 @@ class Task:
 TASKS = {
     "niah": Task("needle"),
     "multi_key": Task("needle", num_distractors=8),
+    "many_keys": Task("needle", num_distractors=100),
     "multi_value": Task("multi_value"),
     "tracking": Task("tracking"),
     "passage": Task("passage"),
@@ -32,7 +33,7 @@ class LongContextConfig:
     every_steps: int | None = None
     """Steps between evaluations, and one at the end of the run; null = none at all."""
     tasks: list[str] = field(default_factory=lambda: ["niah"])
-    """niah, multi_key, multi_value, tracking, passage, common_words."""
+    """niah, multi_key, many_keys, multi_value, tracking, passage, common_words."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of a text with its question and answer; empty = data.seq_len."""
     depths: int = 5
