@@ -77,8 +77,9 @@ def test_niah_training(tmp_path: Path) -> None:
         f"output={tmp_path}",
     )
     assert {line["length"] for line in lines if "answer_loss" in line} == {64, 128}
-    assert [line["length"] for line in lines if "accuracy" in line] == [64, 128, 256, 512]
+    ladder = [(line["task"], line["length"]) for line in lines if "accuracy" in line]
+    assert ladder == [("niah", 64), ("niah", 128), ("niah", 256), ("niah", 512)]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["accuracy"].keys() == {"64", "128", "256", "512"}
-    assert results["cells"]["512/1.00"]["answers"] == 1
-    assert (tmp_path / "heat_map.png").exists()
+    assert results["accuracy"]["niah"].keys() == {"64", "128", "256", "512"}
+    assert results["cells"]["niah/512/1.00"]["answers"] == 1
+    assert (tmp_path / "niah.png").exists()
