@@ -15,6 +15,8 @@ class TextScorer:
     def __init__(self, reader: Reader, tokenizer: Tokenizer, *, end_id: int) -> None:
         """`end_id` ends a document, and stands before a text that has nothing before it."""
         self.reader, self.tokenizer, self.end_id = reader, tokenizer, end_id
+        self._last: tuple[list[int], Tensor] | None = None
+        """A context and the logits behind it: answers of one token to one question share them."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text alone."""
@@ -31,7 +33,10 @@ class TextScorer:
         if not wanted:
             return 0.0, True
         before = before or [self.end_id]
+        if len(wanted) == 1 and self._last is not None and self._last[0] == before:
+            return _sum_and_greedy(self._last[1], wanted)
         logits, _ = self.reader.read(torch.tensor(before + wanted[:-1]), num_logits=len(wanted))
+        self._last = before, logits[:1]
         return _sum_and_greedy(logits, wanted)
 
     def rolling(self, text: str) -> float:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -65,6 +66,31 @@ def test_greedy_is_told(scorer: TextScorer) -> None:
             total, is_greedy = scorer.loglikelihood(text, made)
             assert total < 0
             assert is_greedy == (len(scorer.encode(text + made)) == len(scorer.encode(text)) + 3)
+
+
+def test_answers_of_one_token_share_a_pass(scorer: TextScorer) -> None:
+    read, count = scorer.reader.read, 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        return read(*args, **options)
+
+    choices = [text for text in [" a", " b", " c", " d"] if _adds_one_token(scorer, "gh", text)]
+    assert len(choices) >= 2
+    apart = []
+    for choice in choices:
+        scorer.loglikelihood("other", " ab")
+        apart.append(scorer.loglikelihood("gh", choice))
+    with mock.patch.object(scorer.reader, "read", counted):
+        assert [scorer.loglikelihood("gh", choice) for choice in choices[::-1]] == apart[::-1]
+    assert count == 0  # the last one before was of the same context
+    assert len(set(apart)) == len(choices)
+
+
+def _adds_one_token(scorer: TextScorer, context: str, text: str) -> bool:
+    before, whole = scorer.encode(context), scorer.encode(context + text)
+    return len(whole) == len(before) + 1 and whole[: len(before)] == before
 
 
 def test_nothing_is_certain(scorer: TextScorer) -> None:
