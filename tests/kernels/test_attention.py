@@ -430,16 +430,20 @@ def test_cudnn_takes_large_rows_by_groups_of_heads(monkeypatch: pytest.MonkeyPat
     theirs = torch.autograd.grad(want, leaves, gradient)
     monkeypatch.setattr(back_ends, "TOO_LARGE", want.numel() // 3)
     calls: list[int] = []
+    strides: list[bool] = []
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def record(q: Tensor, *args: Any, **options: Any) -> Tensor:
         calls.append(q.shape[1])
-        return sdpa(q, *args, **options)
+        out = sdpa(q, *args, **options)
+        out.register_hook(lambda g: strides.append(g.transpose(1, 2).is_contiguous()))
+        return out
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     got = back_ends.attend_with_sdpa(*leaves, None, cudnn=True)
     mine = torch.autograd.grad(got, leaves, gradient)
     assert calls == [2] * 4
+    assert strides == [True] * 4
     for a, b in zip((got, *mine), (want, *theirs), strict=True):
         torch.testing.assert_close(a, b)
 
