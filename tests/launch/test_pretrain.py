@@ -18,7 +18,6 @@ from support.tiny import ROOT, as_overrides, compose_config, read_checkpoint, ti
 from support.worlds import free_port, rank_environment, run_world
 
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.run import run
 
@@ -99,7 +98,7 @@ def run_here(device: torch.device, runs: list[list[str]]) -> None:
     """Several runs, one after the other, in the processes of one world."""
     for arguments in runs:
         config = compose_config(arguments)
-        run(config, build_mesh(config.parallel, device), "text01_tiny")
+        run(config, device, "text01_tiny")
 
 
 @pytest.fixture(scope="module")
