@@ -103,6 +103,7 @@ def time_loader(prepared: Path, seconds: float) -> None:
 
     from fulmen.data.config import SourceConfig
     from fulmen.data.loader import PackedLoader
+    from fulmen.data.mixture import Shares
     from fulmen.data.shards import read_manifest
 
     torch.set_num_threads(1)
@@ -112,6 +113,7 @@ def time_loader(prepared: Path, seconds: float) -> None:
         seq_len=SEQ_LEN,
         micro_batch_tokens=MICRO_BATCH_TOKENS,
         batch_tokens=lambda tokens: BATCH_TOKENS,
+        shares=lambda tokens: Shares({"code": 1.0}, None),
         seed=0,
         vocab_size=manifest["vocab_size"],
         prefetch_steps=0,

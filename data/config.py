@@ -27,6 +27,8 @@ class DataConfig:
     # Any, because Hydra cannot add to a mapping of dataclasses; each becomes a SourceConfig.
     sources: dict[str, Any] = field(default_factory=dict)
     """Prepared folders by name; a name is a key of metrics, so keep it short."""
+    length_bounds: list[int] = field(default_factory=lambda: [32768, 131072])
+    """Least tokens of a medium and of a long document: shares by length and accounts go by them."""
     prefetch_steps: int = 2
     """Steps which a background thread keeps ready; 0 loads in the training thread."""
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fulmen.data.buckets import BUCKETS, check_length_bounds
 from fulmen.data.config import SourceConfig
-from fulmen.data.mixture import Mixture
+from fulmen.data.mixture import Mixture, Shares
 from fulmen.data.packing import (
     DOCUMENT,
     LAST,
@@ -27,7 +28,9 @@ from fulmen.data.packing import (
 )
 from fulmen.data.shards import IntArray, PreparedSplit
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+Account = dict[str, dict[str, int]]
+"""Tokens by source and length bucket."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,8 @@ class StepTotals:
     """Tokens with a label."""
     sum_squared_lengths: int
     """Sum over documents (pieces of a cut one apart) of length^2, for attention FLOPs."""
-    source_tokens: dict[str, int]
-    """Real tokens of this step by source."""
+    account: Account
+    """Real tokens of this step by source and bucket; a document's whole length decides which."""
     digest: str
     """Hash of what the step holds: equal digest = equal micro-batches."""
     state: dict[str, Any]
@@ -69,11 +72,12 @@ class PackedLoader:
 
     Every rank plans every step from the documents' lengths and reads only the tokens of its own
     micro-batches: j of a step belongs to rank j % dp_size. `batch_tokens` gives the step's global
-    batch in tokens, padding included, from the real tokens of all earlier steps. `state` is a
-    StepBatch.state, taken with any dp_size; seq_len, batch sizes and weights may differ from
-    those it was taken with, the data and the seed may not. Raises ValueError at once for whatever
-    is wrong with the sources or the sizes. A background thread keeps `prefetch_steps` ready; what
-    it raises comes out of `__next__`.
+    batch in tokens, padding included, and `shares` what its documents are drawn by, both from the
+    real tokens of all earlier steps. `state` is a StepBatch.state, taken with any dp_size;
+    seq_len, batch sizes and shares may differ from those it was taken with, the data, the length
+    bounds and the seed may not. Raises ValueError at once for whatever is wrong with the sources,
+    the sizes or the first shares. A background thread keeps `prefetch_steps` ready; what it
+    raises comes out of `__next__`.
     """
 
     def __init__(
@@ -83,8 +87,10 @@ class PackedLoader:
         seq_len: int,
         micro_batch_tokens: int,
         batch_tokens: Callable[[int], int],
+        shares: Callable[[int], Shares],
         seed: int,
         vocab_size: int,
+        length_bounds: Sequence[int] = (32768, 131072),
         dp_rank: int = 0,
         dp_size: int = 1,
         split: str = "train",
@@ -94,10 +100,11 @@ class PackedLoader:
         _check_micro_batch(seq_len, micro_batch_tokens)
         self._planner = _Planner(
             _open_sources(sources, split, vocab_size, dp_rank, dp_size),
-            {name: source.weight for name, source in sources.items()},
             seq_len=seq_len,
             micro_batch_tokens=micro_batch_tokens,
             batch_tokens=batch_tokens,
+            shares=shares,
+            length_bounds=check_length_bounds(length_bounds),
             seed=seed,
             dp_size=dp_size,
             state=state,
@@ -122,6 +129,10 @@ class PackedLoader:
     def splits(self) -> list[PreparedSplit]:
         """The open sources, sorted by name."""
         return self._planner.splits
+
+    def check_shares(self, shares: Shares) -> None:
+        """ValueError, naming the key, for shares that the sources cannot serve."""
+        self._planner.mixture.check_shares(shares)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
@@ -185,17 +196,22 @@ class _Planner:
     def __init__(
         self,
         splits: list[PreparedSplit],
-        weights: Mapping[str, float],
         *,
         seq_len: int,
         micro_batch_tokens: int,
         batch_tokens: Callable[[int], int],
+        shares: Callable[[int], Shares],
+        length_bounds: Sequence[int],
         seed: int,
         dp_size: int,
         state: dict[str, Any] | None,
     ) -> None:
         if state is not None and state["version"] != _STATE_VERSION:
-            raise ValueError(f"the checkpoint's data state has version {state['version']}")
+            raise ValueError(
+                f"the checkpoint's data state has version {state['version']}, this code reads "
+                f"{_STATE_VERSION}: finish that run with the fulmen that began it, or start a new "
+                "run from its weights"
+            )
         if state is not None and state["seed"] != seed:
             raise ValueError(
                 f"seed={seed}, but the checkpoint's data order has seed={state['seed']}: resume "
@@ -204,33 +220,39 @@ class _Planner:
         self.splits = splits
         self.micro_batch_tokens = micro_batch_tokens
         self._seq_len, self._seed, self._dp_size = seq_len, seed, dp_size
-        self._batch_tokens = batch_tokens
-        self._mixture = Mixture(
-            splits, weights, seed=seed, state=None if state is None else state["mixture"]
+        self._batch_tokens, self._shares = batch_tokens, shares
+        self.mixture = Mixture(
+            splits, length_bounds, seed=seed, state=None if state is None else state["mixture"]
         )
         self._step: int = state["step"] if state else 0
         self._tokens: int = state["tokens"] if state else 0
-        numbers = {split.name: number for number, split in enumerate(splits)}
+        self._account: Account = {split.name: dict.fromkeys(BUCKETS, 0) for split in splits}
+        if state is not None:
+            self._account = {name: dict(row) for name, row in state["account"].items()}
+        names = [(split.name, bucket) for split in splits for bucket in BUCKETS]
+        self._streams = {name: number for number, name in enumerate(names)}
         self._pending: list[Rest] = [
-            (numbers[name], document, start, length)
-            for name, document, start, length in (state["pending"] if state else [])
+            (self._streams[name, bucket], document, start, length)
+            for name, bucket, document, start, length in (state["pending"] if state else [])
         ]
         held = [f"{split.name}={split.fingerprint}" for split in splits]
         self._digest_head = f"{seq_len} {micro_batch_tokens} {' '.join(held)}".encode()
-        self._num_micro_batches()  # a wrong size is an error now, not in a thread later
+        self._num_micro_batches()  # what is wrong is an error now, not in a thread later
+        self.mixture.set_shares(shares(self._tokens))
 
     def next_step(self) -> _StepPlan:
         count = self._num_micro_batches()
         rows_each = self.micro_batch_tokens // self._seq_len
+        self.mixture.set_shares(self._shares(self._tokens))
         rows, self._pending = pack_rows(
-            self._mixture.draw, self._pending, num_rows=count * rows_each, seq_len=self._seq_len
+            self.mixture.draw, self._pending, num_rows=count * rows_each, seq_len=self._seq_len
         )
         micro_batches = [
             _as_array(rows[first : first + rows_each]) for first in range(0, len(rows), rows_each)
         ]
         pieces = np.concatenate(micro_batches)
         lengths = pieces[:, LENGTH]
-        by_source = np.bincount(pieces[:, SOURCE], weights=lengths, minlength=len(self.splits))
+        account = self._take_streams(micro_batches, pieces)
         num_tokens = int(lengths.sum())
         hasher = hashlib.blake2b(self._digest_head, digest_size=8)
         for micro_batch in micro_batches:
@@ -243,13 +265,22 @@ class _Planner:
             num_tokens=num_tokens,
             num_labels=num_tokens - int(pieces[:, LAST].sum()),
             sum_squared_lengths=int((lengths * lengths).sum()),
-            source_tokens={
-                split.name: int(tokens)
-                for split, tokens in zip(self.splits, by_source, strict=True)
-            },
+            account=account,
             digest=hasher.hexdigest(),
             state=self._state(),
         )
+
+    def _take_streams(self, micro_batches: Sequence[IntArray], pieces: IntArray) -> Account:
+        """Account for the step's pieces, and turn their streams into sources."""
+        tokens = np.zeros(len(self._streams), np.int64)
+        np.add.at(tokens, pieces[:, SOURCE], pieces[:, LENGTH])
+        for micro_batch in micro_batches:
+            micro_batch[:, SOURCE] //= len(BUCKETS)
+        account: Account = {split.name: {} for split in self.splits}
+        for (name, bucket), taken in zip(self._streams, tokens.tolist(), strict=True):
+            account[name][bucket] = taken
+            self._account[name][bucket] += taken
+        return account
 
     def _num_micro_batches(self) -> int:
         tokens = self._batch_tokens(self._tokens)
@@ -264,15 +295,17 @@ class _Planner:
         return tokens // self.micro_batch_tokens
 
     def _state(self) -> dict[str, Any]:
+        names = list(self._streams)
         return {
             "version": _STATE_VERSION,
             "step": self._step,
             "tokens": self._tokens,
             "seed": self._seed,
-            "mixture": self._mixture.state(),
+            "account": {name: dict(row) for name, row in self._account.items()},
+            "mixture": self.mixture.state(),
             "pending": [
-                [self.splits[source].name, document, start, length]
-                for source, document, start, length in self._pending
+                [*names[stream], document, start, length]
+                for stream, document, start, length in self._pending
             ],
         }
 

@@ -1,11 +1,11 @@
-"""Weighted mixture of sources: which document comes next."""
+"""Weighted mixture of sources and document lengths: which document comes next."""
 
-import heapq
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from fulmen.data.buckets import BUCKETS, LengthBuckets
 from fulmen.data.permutation import RandomOrder
 from fulmen.data.shards import PreparedSplit
 
@@ -13,15 +13,30 @@ from fulmen.data.shards import PreparedSplit
 _BLOCK = 1024
 
 
-class _Cursor:
-    """A source's place in its endless series of epochs, each in a random order of its own."""
+@dataclass(frozen=True)
+class Shares:
+    """What the tokens drawn from now on are to consist of; all values are relative."""
 
-    def __init__(self, split: PreparedSplit, *, seed: int, epoch: int, position: int) -> None:
-        self.split, self.seed = split, seed
-        self.epoch, self.position = epoch, position
+    sources: dict[str, float]
+    """Weight of each source; 0 turns one off."""
+    lengths: dict[str, float] | None
+    """Share of tokens by length bucket; None = each source gives its documents as they are."""
+
+
+class _Cursor:
+    """A place in the endless epochs of a source's documents of one bucket.
+
+    Each epoch has a random order of its own.
+    """
+
+    def __init__(
+        self, split: PreparedSplit, buckets: LengthBuckets, bucket: int, *, key: str
+    ) -> None:
+        self.epoch = self.position = 0
+        self._split, self._buckets, self._bucket, self._key = split, buckets, bucket, key
         self._documents: list[int] = []
         self._lengths: list[int] = []
-        self._block_start = position
+        self._block_start = 0
 
     def next(self) -> tuple[int, int]:
         """Number and length of the next document."""
@@ -32,87 +47,192 @@ class _Cursor:
         self.position += 1
         return self._documents[place], self._lengths[place]
 
+    def go_to(self, epoch: int, position: int) -> None:
+        """Go on from a place of an earlier run."""
+        self.epoch, self.position = epoch, position
+        self._documents, self._block_start = [], position
+
     def _fill(self) -> None:
-        size = self.split.num_documents
+        size = self._buckets.num_documents[self._bucket]
         if self.position >= size:
             self.epoch, self.position = self.epoch + 1, 0
-        key = f"{self.seed}/{self.split.name}/{self.split.split}/{self.epoch}"
         stop = min(self.position + _BLOCK, size)
-        documents = RandomOrder(size, key).at(self.position, stop)
-        self._documents, self._lengths = documents.tolist(), self.split.lengths(documents)
+        places = RandomOrder(size, f"{self._key}/{self.epoch}").at(self.position, stop)
+        documents = self._buckets.documents(self._bucket, places)
+        self._documents, self._lengths = documents.tolist(), self._split.lengths(documents)
         self._block_start = self.position
 
 
 class Mixture:
-    """An endless series of documents whose token shares follow the weights.
+    """An endless series of documents whose tokens follow the shares, which may change at any time.
 
-    The next document comes from the source with the least tokens drawn for its weight; within a
-    source each document comes once an epoch. `state` is a former `state()`: cursors go on where
-    they were, and the token counts too unless the weights changed, so that changed weights count
-    from the resume on instead of making up for what was drawn before.
+    A document is chosen by bucket first and then by source. Each drawn document of n tokens adds
+    n times its share to the credit of every bucket and takes n from its own, and so for the
+    sources within the bucket; the next comes from where the credit is largest. So what is drawn
+    follows the integral of the shares, to about a document, and a change of shares neither makes
+    up for what was drawn before nor forgets what is owed. Within a source and bucket each
+    document comes once an epoch. `state` is a former `state()`.
     """
 
     def __init__(
         self,
         splits: Sequence[PreparedSplit],
-        weights: Mapping[str, float],
+        length_bounds: Sequence[int],
         *,
         seed: int,
         state: dict[str, Any] | None = None,
     ) -> None:
-        for name, weight in weights.items():
-            if not (weight >= 0 and np.isfinite(weight)):
-                raise ValueError(
-                    f"data.sources.{name}.weight={weight} must be a number of 0 or more"
-                )
-        if not any(weights[split.name] > 0 for split in splits):
-            raise ValueError("data.sources: at least one source needs a weight above 0")
-        self._splits = list(splits)
-        self._weights = {split.name: float(weights[split.name]) for split in splits}
-        places = (state or {}).get("sources", {})
-        if state is not None:
-            _check_same_data(self._splits, places)
-        keep_counts = state is not None and state["weights"] == self._weights
-        self._cursors = []
-        self._drawn = []
-        for split in splits:
-            place = places.get(split.name, {"epoch": 0, "position": 0})
-            self._cursors.append(
-                _Cursor(split, seed=seed, epoch=place["epoch"], position=place["position"])
-            )
-            self._drawn.append(place["drawn_tokens"] if keep_counts else 0)
-        self._queue = [
-            (self._drawn[number] / self._weights[split.name], number)
-            for number, split in enumerate(splits)
-            if self._weights[split.name] > 0
+        self._splits, self._bounds = list(splits), list(length_bounds)
+        self._buckets = [LengthBuckets(split, length_bounds) for split in splits]
+        self._cursors = [
+            [
+                _Cursor(split, buckets, number, key=f"{seed}/{split.name}/{split.split}/{name}")
+                for number, name in enumerate(BUCKETS)
+            ]
+            for split, buckets in zip(self._splits, self._buckets, strict=True)
         ]
-        heapq.heapify(self._queue)
+        self._credit = [0.0] * len(BUCKETS)
+        self._source_credit = [[0.0] * len(splits) for _ in BUCKETS]
+        self._shares: Shares | None = None
+        self._bucket_share: list[tuple[int, float]] = []
+        self._source_share: list[list[tuple[int, float]]] = []
+        if state is not None:
+            self._load(state)
+
+    def set_shares(self, shares: Shares) -> None:
+        """Draw by these from now on; ValueError for shares that cannot be."""
+        if shares == self._shares:
+            return
+        joint = self._joint_shares(shares)
+        # Only what has a share is drawn, whatever credit is left from before.
+        self._bucket_share = [
+            (bucket, share) for bucket, row in enumerate(joint) if (share := sum(row)) > 0
+        ]
+        self._source_share = [
+            [(source, share / sum(row)) for source, share in enumerate(row) if share > 0]
+            for row in joint
+        ]
+        self._shares = shares
+
+    def check_shares(self, shares: Shares) -> None:
+        """ValueError for shares that cannot be drawn; changes nothing."""
+        self._joint_shares(shares)
 
     def draw(self) -> tuple[int, int, int]:
-        """Source number, document number and length in tokens of the next document."""
-        number = self._queue[0][1]
-        document, length = self._cursors[number].next()
-        self._drawn[number] += length
-        share = self._drawn[number] / self._weights[self._splits[number].name]
-        heapq.heapreplace(self._queue, (share, number))
-        return number, document, length
+        """Stream, document number and length in tokens of the next document.
+
+        The stream is source number * len(BUCKETS) + bucket number.
+        """
+        credit = self._credit
+        bucket = max(self._bucket_share, key=lambda one: credit[one[0]])[0]
+        within = self._source_credit[bucket]
+        source = max(self._source_share[bucket], key=lambda one: within[one[0]])[0]
+        document, length = self._cursors[source][bucket].next()
+        for number, share in self._bucket_share:
+            credit[number] += length * share
+        credit[bucket] -= length
+        for number, share in self._source_share[bucket]:
+            within[number] += length * share
+        within[source] -= length
+        return source * len(BUCKETS) + bucket, document, length
 
     def state(self) -> dict[str, Any]:
-        """JSON-able place of every source; independent of ranks and of batch shapes."""
+        """JSON-able place of every stream; independent of ranks and of batch shapes."""
         return {
-            "weights": dict(self._weights),
+            "length_bounds": self._bounds,
+            "credit": dict(zip(BUCKETS, self._credit, strict=True)),
             "sources": {
                 split.name: {
                     "fingerprint": split.fingerprint,
-                    "epoch": cursor.epoch,
-                    "position": cursor.position,
-                    "drawn_tokens": drawn,
+                    "buckets": {
+                        name: {
+                            "epoch": cursor.epoch,
+                            "position": cursor.position,
+                            "credit": self._source_credit[bucket][number],
+                        }
+                        for bucket, (name, cursor) in enumerate(zip(BUCKETS, cursors, strict=True))
+                    },
                 }
-                for split, cursor, drawn in zip(
-                    self._splits, self._cursors, self._drawn, strict=True
+                for number, (split, cursors) in enumerate(
+                    zip(self._splits, self._cursors, strict=True)
                 )
             },
         }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if state["length_bounds"] != self._bounds:
+            raise ValueError(
+                f"data.length_bounds={self._bounds}, but the checkpoint's are "
+                f"{state['length_bounds']}: resume with those, or start a new run"
+            )
+        _check_same_data(self._splits, state["sources"])
+        self._credit = [state["credit"][name] for name in BUCKETS]
+        for source, split in enumerate(self._splits):
+            for bucket, name in enumerate(BUCKETS):
+                place = state["sources"][split.name]["buckets"][name]
+                self._cursors[source][bucket].go_to(place["epoch"], place["position"])
+                self._source_credit[bucket][source] = place["credit"]
+
+    def _joint_shares(self, shares: Shares) -> list[list[float]]:
+        """Share of all tokens by bucket and source: the rows sum to 1."""
+        weights = _check_weights(shares.sources, self._splits)
+        if shares.lengths is None:
+            total = sum(weights)
+            return [
+                [
+                    weight / total * buckets.num_tokens[number] / split.num_tokens
+                    for weight, buckets, split in zip(
+                        weights, self._buckets, self._splits, strict=True
+                    )
+                ]
+                for number in range(len(BUCKETS))
+            ]
+        lengths = _check_lengths(shares.lengths)
+        joint = []
+        for number, name in enumerate(BUCKETS):
+            able = [
+                weight if buckets.num_documents[number] else 0.0
+                for weight, buckets in zip(weights, self._buckets, strict=True)
+            ]
+            if lengths[number] > 0 and not sum(able):
+                raise ValueError(self._nothing_to_draw(name, lengths[number]))
+            share = lengths[number] / sum(lengths) / (sum(able) or 1.0)
+            joint.append([share * weight for weight in able])
+        return joint
+
+    def _nothing_to_draw(self, name: str, share: float) -> str:
+        least, most = [0, *self._bounds], [*self._bounds, None]
+        number = BUCKETS.index(name)
+        below = f" and fewer than {most[number]}" if most[number] else ""
+        return (
+            f"lengths.{name}={share}: no source with a weight above 0 has documents of "
+            f"{least[number]} tokens or more{below}: give such a source in data.sources, set the "
+            f"share to 0, or change data.length_bounds={self._bounds}"
+        )
+
+
+def _check_weights(weights: Mapping[str, float], splits: Sequence[PreparedSplit]) -> list[float]:
+    for name, weight in weights.items():
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"data.sources.{name}.weight={weight} must be a number of 0 or more")
+    names = {split.name for split in splits}
+    for name in sorted(names ^ weights.keys()):
+        problem = "has no weight" if name in names else "has a weight but is no source"
+        raise ValueError(f"data.sources.{name} {problem}: give every source one weight")
+    if not any(weights.values()):
+        raise ValueError("data.sources: at least one source needs a weight above 0")
+    return [float(weights[split.name]) for split in splits]
+
+
+def _check_lengths(lengths: Mapping[str, float]) -> list[float]:
+    for name, share in lengths.items():
+        if name not in BUCKETS:
+            raise ValueError(f"lengths.{name}: the buckets are {', '.join(BUCKETS)}")
+        if not (share >= 0 and math.isfinite(share)):
+            raise ValueError(f"lengths.{name}={share} must be a number of 0 or more")
+    if not any(lengths.values()):
+        raise ValueError("lengths: at least one bucket needs a share above 0")
+    return [float(lengths.get(name, 0.0)) for name in BUCKETS]
 
 
 def _check_same_data(splits: Sequence[PreparedSplit], places: Mapping[str, Any]) -> None:

@@ -53,7 +53,8 @@ def pack_rows(
 
     Each document goes to the fullest row that still holds it. `pending` comes first, in its
     order, so nothing waits for ever; then `draw` gives (source, document, length), or None when
-    there is no more, until the rows are full or PENDING_LIMIT documents wait.
+    there is no more, until the rows are full or PENDING_LIMIT documents wait. The source's number
+    is only handed on.
     """
     rows: list[list[Piece]] = [[] for _ in range(num_rows)]
     # room * num_rows + row, ascending: a search finds the smallest sufficient room.

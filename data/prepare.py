@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from fulmen.data.buckets import length_histogram
 from fulmen.data.config import PrepareConfig
 from fulmen.data.reading import InputFile, check_parquet, input_signature, list_input, read_chunks
 from fulmen.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, file_sha256, read_manifest
@@ -415,8 +416,16 @@ def _finish(
     for split in SPLITS:
         parts = [shard["splits"][split] for shard in shards if split in shard["splits"]]
         documents, tokens = (sum(part[key] for part in parts) for key in ("documents", "tokens"))
-        manifest["splits"][split] = {"documents": documents, "tokens": tokens, "shards": parts}
+        offsets = [np.load(output / part["index_file"], mmap_mode="r") for part in parts]
+        lengths = length_histogram(offsets)
+        manifest["splits"][split] = {
+            "documents": documents,
+            "tokens": tokens,
+            "lengths": lengths,
+            "shards": parts,
+        }
         console.print(f"split {split}: {documents:,} documents, {tokens:,} tokens")
+        _print_lengths(lengths, tokens, console)
         if not documents and (split == "train" or config.validation_fraction):
             console.print(
                 f"warning: split {split} is empty: change validation_fraction="
@@ -424,3 +433,12 @@ def _finish(
             )
     write_whole(output / MANIFEST, as_json(manifest), temporary_folder=progress)
     console.print(f"{output} is whole: vocab_size={manifest['vocab_size']}")
+
+
+def _print_lengths(lengths: list[dict[str, int]], tokens: int, console: Console) -> None:
+    for row in lengths:
+        console.print(
+            f"  {row['from']:>10,} to {2 * row['from'] - 1:>10,} tokens: "
+            f"{row['documents']:>12,} documents, {row['tokens']:>16,} tokens "
+            f"({row['tokens'] / tokens:6.2%})"
+        )

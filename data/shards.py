@@ -108,6 +108,8 @@ class PreparedSplit:
         self.num_documents: int = entry["documents"]
         self.num_tokens: int = entry["tokens"]
         self.tokenizer_sha256: str = manifest["tokenizer"]["sha256"]
+        # See buckets.length_histogram; folders of an earlier fulmen have none.
+        self.histogram: list[dict[str, int]] | None = entry.get("lengths")
         # What the split holds, wherever it lies: equal fingerprint = equal documents by number.
         held = [dtype.name, *(shard["tokens_sha256"] for shard in shards)]
         held += [shard["index_sha256"] for shard in shards]
@@ -117,7 +119,7 @@ class PreparedSplit:
             np.asarray(np.memmap(self.path / shard["tokens_file"], dtype=dtype, mode="r"))
             for shard in shards
         ]
-        self._offsets = [
+        self.offsets = [
             np.asarray(np.load(self.path / shard["index_file"], mmap_mode="r")) for shard in shards
         ]
         self._first = np.cumsum([0, *(shard["documents"] for shard in shards)])
@@ -142,14 +144,14 @@ class PreparedSplit:
         shards = np.searchsorted(self._first, documents, side="right") - 1
         places = (documents - self._first[shards]).tolist()
         numbers: list[int] = shards.tolist()
-        offsets = self._offsets
+        offsets = self.offsets
         return numbers, [int(offsets[s][i]) for s, i in zip(numbers, places, strict=True)]
 
     def lengths(self, documents: IntArray) -> list[int]:
         """Tokens, end-of-document token included, of each document."""
         shards = np.searchsorted(self._first, documents, side="right") - 1
         places = (documents - self._first[shards]).tolist()
-        offsets = self._offsets
+        offsets = self.offsets
         return [
             int(offsets[s][i + 1]) - int(offsets[s][i])
             for s, i in zip(shards.tolist(), places, strict=True)

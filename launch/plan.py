@@ -144,9 +144,9 @@ def _mesh(gpus: int, stage: dict[str, Any]) -> str:
     dp = gpus // parallel["cp"]
     edp = gpus // parallel["ep"] // parallel["etp"]
     return (
-        f"rows of {stage['seq_len']:,}, RoPE base {stage['rope_theta']:g}, dp {dp} x cp "
-        f"{parallel['cp']} = edp {edp} x ep {parallel['ep']} x etp {parallel['etp']}, ZeRO {dense}, "
-        f"experts {dense if experts is None else experts}"
+        f"rows of {stage['seq_len']:,}, RoPE base {stage['rope_theta']:g}, dp {dp} x "
+        f"cp {parallel['cp']} = edp {edp} x ep {parallel['ep']} x etp {parallel['etp']}, "
+        f"ZeRO {dense}, experts {dense if experts is None else experts}"
     )
 
 

@@ -31,7 +31,7 @@ from fulmen.trainer.metrics import MetricsLogger, NullMetrics
 from fulmen.trainer.optim import Optimizer
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
-from fulmen.trainer.stages import run_tokens, shares_at
+from fulmen.trainer.stages import list_shares, run_tokens, shares_at
 from fulmen.trainer.start import Start, find_start
 from fulmen.trainer.step_stats import StepStats
 from fulmen.trainer.weights import changed_keys, check_same_model
@@ -227,13 +227,15 @@ class Trainer:
 
     def _open_loader(self, state: dict[str, Any] | None) -> PackedLoader:
         config = self.config
-        return PackedLoader(
+        # Not `self`: the loader's thread would keep the trainer, and so the loader, alive.
+        run_config, stage = self.run_config, self.stage
+        loader = PackedLoader(
             config.data.sources,
             seq_len=config.data.seq_len,
             micro_batch_tokens=config.trainer.micro_batch_tokens,
-            batch_tokens=self.stage.batch_tokens,
-            shares=lambda tokens: shares_at(self.run_config, self.stage.inside(tokens)),
-            length_bounds=tuple(config.data.length_bounds),
+            batch_tokens=stage.batch_tokens,
+            shares=lambda tokens: shares_at(run_config, stage.inside(tokens)),
+            length_bounds=config.data.length_bounds,
             seed=config.seed,
             vocab_size=config.model.vocab_size,
             dp_rank=self.mesh.dp_rank,
@@ -241,6 +243,12 @@ class Trainer:
             prefetch_steps=config.data.prefetch_steps,
             state=state,
         )
+        for name, shares in list_shares(run_config):
+            try:
+                loader.check_shares(shares)
+            except ValueError as error:
+                raise ValueError(f"stages.{name}: {error}") from None
+        return loader
 
     def _open_held_out(self) -> dict[str, PreparedSplit]:
         if self.config.evaluation.every_steps is None:

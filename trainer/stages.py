@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fulmen.data.buckets import BUCKETS
 from fulmen.data.mixture import Shares
 from fulmen.trainer.config import (
     RunConfig,
@@ -31,8 +32,6 @@ from fulmen.trainer.config import (
 )
 from fulmen.trainer.schedule import batch_sizes, batch_tokens, learning_rate, total_tokens
 
-BUCKETS = ("short", "medium", "long")
-"""Names of data.length_bounds' buckets."""
 _OF_THE_RUN = ("max_steps", "max_tokens", "micro_batch_tokens", "allow_misfit")
 """Keys of `trainer` that a stage's `trainer` cannot have."""
 
@@ -153,6 +152,15 @@ def shares_at(config: RunConfig, tokens: int) -> Shares:
     if lengths is not None and before.lengths is not None:
         lengths = _between(before.lengths, lengths, part)
     return Shares(_between(before.sources, now.sources, part), lengths)
+
+
+def list_shares(config: RunConfig) -> list[tuple[str, Shares]]:
+    """Every stage's name with its shares, and once more with those of its end."""
+    return [
+        (name, _shares(config, stage, late=late))
+        for name, stage in config.stages.items()
+        for late in (False, True)
+    ]
 
 
 def _shares(config: RunConfig, stage: StageConfig, *, late: bool) -> Shares:

@@ -15,6 +15,7 @@ from support.folders import MakeFolder
 
 from fulmen.data.config import DataConfig, SourceConfig
 from fulmen.data.loader import PackedLoader, StepBatch, evaluation_batches
+from fulmen.data.mixture import Shares
 from fulmen.data.packing import PackedBatch
 from fulmen.data.permutation import RandomOrder
 from fulmen.data.shards import PreparedSplit
@@ -42,12 +43,14 @@ def sources(make_folder: MakeFolder) -> Sources:
 
 
 def open_loader(sources: Sources, **options: Any) -> PackedLoader:
+    weights = {name: source.weight for name, source in sources.items()}
     settings: dict[str, Any] = {
         "seq_len": SEQ_LEN,
         "micro_batch_tokens": MICRO,
         "batch_tokens": lambda tokens: BATCH,
         "seed": 7,
         "vocab_size": 1000,
+        "shares": lambda tokens: Shares(weights, None),
         "prefetch_steps": 0,
     }
     return PackedLoader(sources, **(settings | options))
@@ -72,7 +75,7 @@ def facts(step: StepBatch) -> tuple[Any, ...]:
         step.num_tokens,
         step.num_labels,
         step.sum_squared_lengths,
-        step.source_tokens,
+        step.account,
         step.digest,
         step.state,
     )
@@ -104,7 +107,7 @@ def test_totals(sources: Sources) -> None:
     for step in take(open_loader(sources), 5):
         assert len(step.micro_batches) == BATCH // MICRO
         assert step.num_tokens == sum(batch.num_tokens for batch in step.micro_batches)
-        assert step.num_tokens == sum(step.source_tokens.values())
+        assert step.num_tokens == sum(sum(row.values()) for row in step.account.values())
         labels = sum(int((batch.labels != -100).sum()) for batch in step.micro_batches)
         assert step.num_labels == labels
         squares = 0
@@ -161,11 +164,11 @@ def test_each_token_once_an_epoch(make_folder: MakeFolder) -> None:
         plan = loader._planner.next_step()
         for _, document, start, length, _ in np.concatenate(plan.pieces).tolist():
             packed.update((document, token) for token in range(start, start + length))
-        place = plan.state["mixture"]["sources"]["one"]
-        order = RandomOrder(40, f"7/one/train/{place['epoch']}")
+        place = plan.state["mixture"]["sources"]["one"]["buckets"]["short"]
+        order = RandomOrder(40, f"7/one/train/short/{place['epoch']}")
         begun = set(order.at(0, place["position"]).tolist())
         drawn = packed.copy()
-        for _, document, start, length in plan.state["pending"]:
+        for _, _, document, start, length in plan.state["pending"]:
             drawn.update((document, token) for token in range(start, start + length))
         assert drawn == {
             (number, token): place["epoch"] + (number in begun)
@@ -188,7 +191,7 @@ def test_epochs_have_orders_of_their_own(make_folder: MakeFolder) -> None:
 
 
 def shares(steps: list[StepBatch]) -> float:
-    a = sum(step.source_tokens["a"] for step in steps)
+    a = sum(sum(step.account["a"].values()) for step in steps)
     return a / sum(step.num_tokens for step in steps)
 
 

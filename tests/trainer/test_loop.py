@@ -7,6 +7,7 @@ import torch
 from support.tiny import tiny_config
 
 from fulmen.data.loader import PackedLoader
+from fulmen.data.mixture import Shares
 from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit
 from fulmen.models.init import init_model
@@ -61,6 +62,9 @@ def expected(config: RunConfig) -> tuple[TextModel, list[dict[str, float]]]:
         seq_len=32,
         micro_batch_tokens=64,
         batch_tokens=lambda tokens: 256,
+        shares=lambda tokens: Shares(
+            {name: source.weight for name, source in config.data.sources.items()}, None
+        ),
         seed=config.seed,
         vocab_size=config.model.vocab_size,
         prefetch_steps=0,

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import ROOT, compose_config, tiny_config, tiny_engine, tiny_model
+from support.tiny import (
+    ROOT,
+    compose_config,
+    text01_data,
+    tiny_config,
+    tiny_engine,
+    tiny_model,
+)
 from support.worlds import run_world
 from torch.distributed.fsdp import FSDPModule
 
@@ -33,22 +40,21 @@ from fulmen.trainer.optim import Optimizer
 from fulmen.trainer.planner import (
     GPUS,
     Assumptions,
-    changed,
     describe,
     find_gpu,
     make_plan,
     predict_memory,
     predict_step,
-    search,
     step_flops,
-    suggest,
 )
+from fulmen.trainer.planner_search import changed, search, suggest
+from fulmen.trainer.stages import list_stages
 
 H800 = GPUS["h800"]
 
 
 def text01(*overrides: str) -> RunConfig:
-    return compose_config(["recipe=text01", "data.sources.corpus.path=none", *overrides])
+    return compose_config(["recipe=text01", *text01_data(), *overrides])
 
 
 def text01_1b(tokens: int, **parallel: int) -> RunConfig:
@@ -309,21 +315,21 @@ def test_full_checkpointing_computes_blocks_again() -> None:
 
 def test_what_to_change_fits() -> None:
     config = text01("parallel.ep=1", "parallel.zero_stage=1")
-    assert not make_plan(config, 2048, H800, Assumptions()).fits
+    assert not make_plan(config, 2048, H800, Assumptions()).stages[0].fits
     changes = suggest(config, 2048, H800.usable_gib)
     assert changes
-    assert make_plan(changed(config, changes), 2048, H800, Assumptions()).fits
+    assert make_plan(changed(config, changes), 2048, H800, Assumptions()).stages[0].fits
     assert suggest(text01("parallel.ep=1"), 32, H800.usable_gib) is None  # 228 GiB of state each
 
 
 def test_search_gives_the_fastest_that_fit() -> None:
     config = text01_1b(16384)
-    found = search(config, 8, H800, Assumptions())
+    found = search(list_stages(config)[0], 8, H800, Assumptions())
     assert 1 <= len(found) <= 5
     times = [plan.intervals[0].step.seconds for plan in found]
     assert times == sorted(times)
     assert all(plan.fits for plan in found)
-    assert times[0] <= make_plan(config, 8, H800, Assumptions()).intervals[0].step.seconds
+    assert times[0] <= make_plan(config, 8, H800, Assumptions()).stages[0].first.seconds
 
 
 @pytest.mark.parametrize(
