@@ -58,6 +58,7 @@ setup(
             "fulmen-pretrain = fulmen.launch.pretrain:main",
             "fulmen-plan = fulmen.launch.plan:main",
             "fulmen-prepare-data = fulmen.launch.prepare_data:main",
+            "fulmen-make-retrieval = fulmen.launch.make_retrieval:main",
             "fulmen-generate = fulmen.launch.generate:main",
             "fulmen-export-hf = fulmen.launch.export_hf:main",
             "fulmen-import-hf = fulmen.launch.import_hf:main",

@@ -83,3 +83,33 @@ class PrepareConfig:
     """Fail when more than this share of lines or documents is malformed."""
     num_workers: int = 0
     """Tokenising processes; 0 takes every core this process may use."""
+
+
+@dataclass
+class RetrievalConfig:
+    """One run of launch/make_retrieval.py."""
+
+    output: str = MISSING
+    """Folder to write: documents as .jsonl.zst for launch/prepare_data.py, and the tokenizer."""
+    seed: int = 0
+    """Of all documents; two sets for one run need two seeds."""
+    tokens: int = 10_000_000
+    """Tokens to write in all; the last document may pass it."""
+    lengths: list[Any] = field(default_factory=lambda: [[2048, 8192, 0.3], [8192, 32768, 0.7]])
+    """[least, most, share of tokens] of each range; within one, lengths are log-uniform."""
+    kinds: dict[str, float] = field(default_factory=dict)
+    """Relative frequency of needle, multi_value, tracking and passage; none given = all alike."""
+    haystack: str = "text"
+    """text (of `input`), or words: a synthetic language that a small model learns in minutes."""
+    input: Any = None
+    """Files, globs or folders of the haystack's text; null = Python's standard library."""
+    tokenizer: str | None = None
+    """tokenizer.json, or a prepared folder, by which lengths count; words bring their own."""
+    text_field: str = "text"
+    """Field (jsonl) or column (parquet) which holds the text of `input`."""
+    max_input_mb: float = 20.0
+    """Text, in MB, after which no more of `input` is read."""
+    num_keys: int = 1024
+    """Keys of the language of words; a document has at most as many questions."""
+    num_workers: int = 0
+    """Processes; 0 takes every core this process may use. What is written does not depend on it."""

@@ -88,12 +88,11 @@ class Words:
     and no key or value comes twice among the facts of a document: retrieving is one look-up.
     """
 
-    def __init__(
-        self, *, num_keys: int = 1024, num_values: int = 2048, num_fillers: int = 256
-    ) -> None:
-        self.spacing = (24, 256)
+    def __init__(self, *, num_keys: int = 1024, num_fillers: int = 256) -> None:
+        self.spacing = (24, 512)
         self.keys = [f"k{number}" for number in range(num_keys)]
-        self.values = [f"v{number}" for number in range(num_values)]
+        # A value is two words, and multi_value takes several.
+        self.values = [f"v{number}" for number in range(2 * num_keys)]
         self.fillers = [f"w{number}" for number in range(num_fillers)]
         marks = ["note", "ask", "add", "all", "set", "copy", "holders", "quote", "."]
         words = [END_OF_DOCUMENT, "<unknown>", *marks, *self.fillers, *self.keys, *self.values]
@@ -343,9 +342,8 @@ def _cut_text(text: str) -> Iterator[str]:
 def language_of(tokenizer: Tokenizer, texts: Iterable[str]) -> Words | Prose:
     """The language that a model with this tokenizer reads; `texts` are the haystack of prose."""
     vocabulary = tokenizer.get_vocab()
-    sizes = [
-        sum(word[0] == letter and word[1:].isdigit() for word in vocabulary if word)
-        for letter in "kvw"
-    ]
-    words = Words(num_keys=sizes[0], num_values=sizes[1], num_fillers=sizes[2])
+    num_keys, num_fillers = (
+        sum(word[:1] == letter and word[1:].isdigit() for word in vocabulary) for letter in "kw"
+    )
+    words = Words(num_keys=max(1, num_keys), num_fillers=max(1, num_fillers))
     return words if words.tokenizer().get_vocab() == vocabulary else Prose(tokenizer, texts)

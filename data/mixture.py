@@ -201,12 +201,11 @@ class Mixture:
         return joint
 
     def _nothing_to_draw(self, name: str, share: float) -> str:
-        least, most = [0, *self._bounds], [*self._bounds, None]
-        number = BUCKETS.index(name)
-        below = f" and fewer than {most[number]}" if most[number] else ""
+        medium, long = self._bounds
+        held = [f"fewer than {medium}", f"{medium} to {long - 1}", f"{long} or more"]
         return (
             f"lengths.{name}={share}: no source with a weight above 0 has documents of "
-            f"{least[number]} tokens or more{below}: give such a source in data.sources, set the "
+            f"{held[BUCKETS.index(name)]} tokens: give such a source in data.sources, set the "
             f"share to 0, or change data.length_bounds={self._bounds}"
         )
 

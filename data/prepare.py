@@ -25,10 +25,9 @@ from fulmen.data.reading import InputFile, check_parquet, input_signature, list_
 from fulmen.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, file_sha256, read_manifest
 from fulmen.data.tokenise import (
     EncodeSettings,
-    MalformedError,
-    decode_text,
     encode_chunks,
     load_tokenizer,
+    read_texts,
     train_tokenizer,
 )
 from fulmen.data.writing import ShardWriter, as_json, write_whole
@@ -221,22 +220,11 @@ def _sample_texts(config: PrepareConfig, files: Sequence[InputFile]) -> Iterator
         quota += file.size_bytes * share
         if share < 1 and taken >= quota:
             continue
-        for text in _texts(config, file):
+        for text in read_texts([file], text_field=config.text_field):
             taken += len(text.encode("utf-8"))
             yield text
             if share < 1 and taken >= quota:
                 break
-
-
-def _texts(config: PrepareConfig, file: InputFile) -> Iterator[str]:
-    for chunk in read_chunks([file], text_field=config.text_field):
-        for raw, row in zip(chunk.raw, chunk.rows, strict=True):
-            try:
-                text = decode_text(raw, chunk.kind, row, config.text_field)
-                text.encode("utf-8")
-            except (MalformedError, UnicodeEncodeError):
-                continue  # counted and reported when the input is tokenised
-            yield text
 
 
 def _write_shards(

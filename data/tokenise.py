@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fulmen.data.reading import Chunk
+from fulmen.data.reading import Chunk, InputFile, read_chunks
 from fulmen.data.shards import IntArray
 
 REJECTED, EMPTY = -1, 0
@@ -141,6 +141,18 @@ def decode_text(raw: bytes | str | None, kind: str, row: int, text_field: str) -
     return value
 
 
+def read_texts(files: Sequence[InputFile], *, text_field: str) -> Iterator[str]:
+    """The texts of all documents in order, without the malformed ones."""
+    for chunk in read_chunks(files, text_field=text_field):
+        for raw, row in zip(chunk.raw, chunk.rows, strict=True):
+            try:
+                text = decode_text(raw, chunk.kind, row, text_field)
+                text.encode("utf-8")
+            except (MalformedError, UnicodeEncodeError):
+                continue  # prepare_data counts and reports them
+            yield text
+
+
 def encode_chunks(
     settings: EncodeSettings, chunks: Iterator[Chunk], *, num_workers: int
 ) -> Iterator[tuple[Chunk, EncodedChunk]]:
@@ -157,7 +169,7 @@ def encode_chunks(
     pool = ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
+        initializer=start_worker,
     )
     under_way: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
     try:
@@ -181,7 +193,7 @@ def encode_chunks(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it even when it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

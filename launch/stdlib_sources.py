@@ -11,10 +11,15 @@ PACKAGES = [
 ]  # fmt: skip
 
 
+def sources() -> list[str]:
+    """Globs and folders."""
+    root = sysconfig.get_paths()["stdlib"]
+    return [f"{root}/*.py", *(f"{root}/{package}" for package in PACKAGES)]
+
+
 def main() -> None:
     """Entry point."""
-    root = sysconfig.get_paths()["stdlib"]
-    print(",".join([f"{root}/*.py", *(f"{root}/{package}" for package in PACKAGES)]))
+    print(",".join(sources()))
 
 
 if __name__ == "__main__":
