@@ -3,11 +3,10 @@
 import random
 from pathlib import Path
 
-from support.folders import write_folder
-from support.tiny import VOCAB_SIZE, tiny_config
-
 from fulmen.data.config import SourceConfig
 from fulmen.trainer.config import PhaseConfig, RunConfig, ScheduleConfig, StageConfig
+from support.folders import write_folder
+from support.tiny import VOCAB_SIZE, tiny_config
 
 BOUNDS = [24, 72]
 SAVE_EVERY = 3
