@@ -27,7 +27,7 @@ from fulmen.trainer.evaluate import evaluate
 from fulmen.trainer.flops import Throughput, device_peak
 from fulmen.trainer.inputs import model_inputs
 from fulmen.trainer.manifest import CheckpointError
-from fulmen.trainer.metrics import MetricsLogger, NullMetrics
+from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
 from fulmen.trainer.optim import Optimizer
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
@@ -314,7 +314,7 @@ class Trainer:
             "batch_digest": batch.digest,
             **self._throughput.read(drop_rate=reduced.drop_rate),
             **{
-                f"tokens/{source}/{bucket}": tokens
+                f"{ACCOUNT_PREFIX}{source}/{bucket}": tokens
                 for source, buckets in batch.state["account"].items()
                 for bucket, tokens in buckets.items()
             },
