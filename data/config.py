@@ -97,8 +97,10 @@ class RetrievalConfig:
     """Tokens to write in all; the last document may pass it."""
     lengths: list[Any] = field(default_factory=lambda: [[2048, 8192, 0.3], [8192, 32768, 0.7]])
     """[least, most, share of tokens] of each range; within one, lengths are log-uniform."""
-    kinds: dict[str, float] = field(default_factory=dict)
-    """Relative frequency of needle, multi_value, tracking and passage; none given = all alike."""
+    kinds: list[str] = field(
+        default_factory=lambda: ["needle", "multi_value", "tracking", "passage"]
+    )
+    """Kinds of questions, all equally frequent; one that is named twice comes twice as often."""
     haystack: str = "text"
     """text (of `input`), or words: a synthetic language that a small model learns in minutes."""
     input: Any = None

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, islice
@@ -21,6 +22,9 @@ from fulmen.data.tokenise import load_tokenizer, read_texts, start_worker
 _DOCUMENTS_FILE = "documents.jsonl.zst"
 # Tokens of documents that a process makes at once.
 _TASK_TOKENS = 2**19
+
+# Seed, frequencies of the kinds, and number and length of each document.
+_Task = tuple[int, Mapping[str, float], list[tuple[int, int]]]
 
 _language: Language | None = None  # of a worker process
 
@@ -41,7 +45,7 @@ def generate(config: RetrievalConfig, *, console: Console) -> int:
         language.tokenizer().save(str(output / TOKENIZER_FILE))
     lengths = _draw_lengths(ranges, config)
     workers = config.num_workers or len(os.sched_getaffinity(0))
-    tasks = _tasks(lengths, config.seed, config.kinds or dict.fromkeys(KINDS, 1.0))
+    tasks = _tasks(lengths, config.seed, Counter(config.kinds))
     partial = output / f".{_DOCUMENTS_FILE}.tmp"
     with open(partial, "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as stream:
         for text in _texts(config, language, tasks, workers):
@@ -68,11 +72,9 @@ def _check(config: RetrievalConfig) -> list[tuple[int, int, float]]:
         raise ValueError(f"haystack={config.haystack} must be text or words")
     if config.num_keys < 8:
         raise ValueError(f"num_keys={config.num_keys} must be 8 or more")
-    if config.kinds and not any(config.kinds.values()):
-        raise ValueError("kinds: at least one needs a frequency above 0")
-    for kind, share in config.kinds.items():
-        if kind not in KINDS or not share >= 0:
-            raise ValueError(f"kinds.{kind}={share}: give {', '.join(KINDS)} a number of 0 or more")
+    unknown = [kind for kind in config.kinds if kind not in KINDS]
+    if unknown or not config.kinds:
+        raise ValueError(f"kinds={config.kinds}: give one or more of {', '.join(KINDS)}")
     ranges = []
     for row in config.lengths:
         try:
@@ -139,9 +141,7 @@ def _draw_lengths(ranges: Sequence[tuple[int, int, float]], config: RetrievalCon
     return lengths
 
 
-def _tasks(
-    lengths: Sequence[int], seed: int, kinds: dict[str, float]
-) -> Iterator[tuple[int, dict[str, float], list[tuple[int, int]]]]:
+def _tasks(lengths: Sequence[int], seed: int, kinds: Mapping[str, float]) -> Iterator[_Task]:
     task: list[tuple[int, int]] = []
     held = 0
     for number, length in enumerate(lengths):
@@ -155,7 +155,7 @@ def _tasks(
 def _texts(
     config: RetrievalConfig,
     language: Language,
-    tasks: Iterator[tuple[int, dict[str, float], list[tuple[int, int]]]],
+    tasks: Iterator[_Task],
     workers: int,
 ) -> Iterator[str]:
     if workers == 1:
@@ -180,7 +180,7 @@ def _start(config: RetrievalConfig) -> None:
     _language = _make_language(config)
 
 
-def _make_in_worker(task: tuple[int, dict[str, float], list[tuple[int, int]]]) -> list[str]:
+def _make_in_worker(task: _Task) -> list[str]:
     assert _language is not None
     return _make(_language, *task)
 

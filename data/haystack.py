@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fulmen.data.shards import IntArray
+
 END_OF_DOCUMENT = "<end_of_document>"
 KINDS = ("needle", "multi_value", "tracking", "passage")
 _CITY_NAMES = (
@@ -32,12 +34,17 @@ _CITIES = _CITY_NAMES.split()
 _DISTRICTS = ["", "old ", "new ", "upper ", "lower ", "inner ", "outer ", "little ", "great "]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """A stretch of text and its tokens."""
 
     text: str
-    num_tokens: int
+    ids: IntArray
+
+    @property
+    def num_tokens(self) -> int:
+        """How many."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Language(Protocol):
     """Least and most tokens of a document for each exercise in it."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece."""
+        """Token ids of a text."""
         ...
 
     def haystack(
@@ -78,6 +85,11 @@ class Exercises(Protocol):
     def make(self, kind: str) -> Exercise | None:
         """The next exercise of a kind; None when there are no unused keys or values."""
         ...
+
+
+def piece_of(language: Language, text: str) -> Piece:
+    """A text with its tokens."""
+    return Piece(text, np.array(language.encode(text), np.int64))
 
 
 class Words:
@@ -101,7 +113,7 @@ class Words:
         self._book = []
         for _ in range(64):
             sentence = book.choice(self.fillers, book.integers(6, 17)).tolist()
-            self._book.append(Piece(" ".join(sentence) + " . ", len(sentence) + 1))
+            self._book.append(piece_of(self, " ".join(sentence) + " . "))
         self._book_tokens = np.array([sentence.num_tokens for sentence in self._book])
 
     @property
@@ -116,7 +128,7 @@ class Words:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece."""
+        """Token ids of a text."""
         return [self._ids[word] for word in text.split()]
 
     def haystack(
@@ -131,7 +143,7 @@ class Words:
         left = num_tokens - (int(ends[whole - 1]) if whole else 0)
         if left:
             words = self._book[chosen[whole]].text.split()[-left:]
-            pieces.append(Piece(" ".join(words) + " ", left))
+            pieces.append(piece_of(self, " ".join(words) + " "))
         return pieces
 
     def exercises(self, rng: np.random.Generator) -> "Exercises":
@@ -187,7 +199,9 @@ class Prose:
         cut = [piece for text in texts for piece in _cut_text(text)]
         encoded = tokenizer.encode_batch_fast(cut, add_special_tokens=False)
         self._pieces = [
-            Piece(text, len(one.ids)) for text, one in zip(cut, encoded, strict=True) if one.ids
+            Piece(text, np.array(one.ids, np.int64))
+            for text, one in zip(cut, encoded, strict=True)
+            if one.ids
         ]
         # What is quoted must be long enough, and must not be found twice.
         counts = Counter(piece.text for piece in self._pieces)
@@ -201,7 +215,7 @@ class Prose:
         self._filler = self._find_filler()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece."""
+        """Token ids of a text."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -245,12 +259,11 @@ class Prose:
             text = " ".join(words)
             missing = num_tokens - 1 - len(self.encode(text))
             if missing >= 0:
-                text += self._filler * missing + "\n"
-                if len(self.encode(text)) == num_tokens:
-                    return Piece(text, num_tokens)
+                filled = piece_of(self, text + self._filler * missing + "\n")
+                if filled.num_tokens == num_tokens:
+                    return filled
             words = words[: len(words) - max(1, -missing // 8)]
-        # Too little room for a word.
-        return Piece(self._filler * num_tokens, num_tokens)
+        return piece_of(self, self._filler * num_tokens)  # too little room for a word
 
 
 class _ProseExercises:

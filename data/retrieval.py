@@ -8,7 +8,7 @@ language: see haystack.py.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from fulmen.data.haystack import (
     Prose,
     Words,
     language_of,
+    piece_of,
 )
 
 __all__ = [
@@ -77,13 +78,12 @@ def make_prompt(
     distractors = [
         event for other in others for event in _facts(other, sorted(rng.random(len(other.facts))))
     ]
-    answer = language.encode(asked.answer)
-    question = language.encode(asked.question)
+    answer, question = piece_of(language, asked.answer), piece_of(language, asked.question)
     inserted = [
-        [(place, _piece(language, text)) for place, text in events]
+        [(place, piece_of(language, text)) for place, text in events]
         for events in (distractors, facts)
     ]
-    taken = len(question) + len(answer)
+    taken = question.num_tokens + answer.num_tokens
     taken += sum(piece.num_tokens for pieces in inserted for _, piece in pieces)
     if taken > length:
         raise ValueError(
@@ -95,11 +95,17 @@ def make_prompt(
     pieces = language.haystack(rng, length - taken, without=without)
     for one in inserted:
         pieces = _interleave(pieces, one)
-    ids = list(chain.from_iterable(language.encode(piece.text) for piece in pieces))
+    ids = np.concatenate([*(piece.ids for piece in pieces), question.ids])
     begin = next(at for at, piece in enumerate(pieces) if piece is inserted[1][0][1])
     before = sum(piece.num_tokens for piece in pieces[:begin])
     text = "".join(piece.text for piece in pieces) + asked.question
-    return Prompt(text, ids + question, asked.answer, answer, before / len(ids))
+    return Prompt(
+        text=text,
+        ids=ids.tolist(),
+        answer_text=asked.answer,
+        answer=answer.ids.tolist(),
+        depth=before / (len(ids) - question.num_tokens),
+    )
 
 
 def make_document(
@@ -121,7 +127,7 @@ def make_document(
         late = _AT_THE_END + rng.random()
         place = late if rng.random() < 0.5 else rng.uniform(places[-1], 1.0)
         events.append((place, exercise.question + exercise.answer + exercise.end))
-    inserted = [(place, _piece(language, text)) for place, text in events]
+    inserted = [(place, piece_of(language, text)) for place, text in events]
     room = wanted - sum(piece.num_tokens for _, piece in inserted)
     without = {text for exercise in exercises for text in exercise.facts}
     start = rng.bit_generator.state
@@ -153,8 +159,8 @@ def _draw_exercises(
         exercise = source.make(names[number])
         if exercise is None:
             break
-        room -= sum(len(language.encode(text)) for text in exercise.facts)
-        room -= len(language.encode(exercise.question + exercise.answer + exercise.end))
+        asked = exercise.question + exercise.answer + exercise.end
+        room -= sum(len(language.encode(text)) for text in (*exercise.facts, asked))
         if room < 0:
             break
         drawn.append(exercise)
@@ -171,10 +177,6 @@ def _next(source: Exercises, kind: str) -> Exercise:
     if exercise is None:
         raise ValueError(f"there are not enough keys for so many distractors of kind {kind}")
     return exercise
-
-
-def _piece(language: Language, text: str) -> Piece:
-    return Piece(text, len(language.encode(text)))
 
 
 def _facts(exercise: Exercise, places: Sequence[float]) -> list[tuple[float, str]]:

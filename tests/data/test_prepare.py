@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -87,6 +88,27 @@ def test_round_trip(tmp_path: Path, tokenizer_file: Path, name: str) -> None:
         "train-00000.bin",
         "train-00000.idx",
     ]
+
+
+def test_lengths_are_measured_and_printed(tmp_path: Path, tokenizer_file: Path) -> None:
+    write(tmp_path / "a.jsonl", TEXTS)
+    printed = io.StringIO()
+    config = PrepareConfig(
+        input=str(tmp_path / "a.jsonl"), output=str(tmp_path / "out"), num_workers=1,
+        tokenizer=str(tokenizer_file), validation_fraction=0.4, shard_tokens=200,
+    )  # fmt: skip
+    manifest = prepare(config, console=Console(file=printed, width=200))
+    for name, entry in manifest["splits"].items():
+        split = PreparedSplit(tmp_path / "out", name, name="x", vocab_size=2**20)
+        assert split.histogram == entry["lengths"]
+        assert sum(row["documents"] for row in entry["lengths"]) == split.num_documents > 1
+        assert sum(row["tokens"] for row in entry["lengths"]) == split.num_tokens
+        lengths = split.lengths(np.arange(split.num_documents))
+        for row in entry["lengths"]:
+            held = [one for one in lengths if row["from"] <= one < 2 * row["from"]]
+            assert [row["documents"], row["tokens"]] == [len(held), sum(held)]
+            line = f"{row['from']:,} to {2 * row['from'] - 1:>10,} tokens: "
+            assert f"{line}{row['documents']:>12,} documents" in printed.getvalue()
 
 
 def test_text_files_and_lines(tmp_path: Path, tokenizer_file: Path) -> None:
