@@ -1,12 +1,18 @@
 """The stages of a run: what holds when, and what the configuration refuses."""
 
+import random
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
+from support.folders import write_folder
 from support.tiny import compose_config, text01_data, tiny_config
 
 from fulmen.data.buckets import BUCKETS
 from fulmen.data.config import SourceConfig
+from fulmen.data.loader import PackedLoader
 from fulmen.launch.hydra_main import open_mappings
 from fulmen.trainer.config import (
     PhaseConfig,
@@ -295,3 +301,75 @@ def test_the_nearest_key_of_a_stage() -> None:
         nearest_keys("stages.x.schedule.warmup", RunConfig)[0] == "stages.x.schedule.warmup_steps"
     )
     assert nearest_keys("stage", RunConfig)[0] == "stages"
+
+
+def test_what_is_drawn_matches_the_table_of_each_stage(tmp_path: Path) -> None:
+    chance = random.Random(0)
+
+    def documents(count: int, lengths: list[int]) -> list[list[int]]:
+        return [[1] * chance.choice(lengths) for _ in range(count)]
+
+    config = staged()
+    everything = [1, 7, 15, 16, 30, 47, 48, 100, 160]
+    for name, count, lengths in [
+        ("text", 900, everything),
+        ("code", 300, everything),
+        ("qa", 300, [9, 20, 60, 100]),
+    ]:
+        folder = write_folder(tmp_path / name, documents(count, lengths))
+        config.data.sources[name].path = str(folder)
+    config.stages = {
+        "a": StageConfig(tokens=60_000),
+        "b": StageConfig(
+            tokens=100_000,
+            seq_len=64,
+            lengths={"short": 0.3, "medium": 0.7, "long": 0.0},
+            weights={"text": 1, "code": 3},
+            transition_tokens=20_000,
+            late_weights={"qa": 0.1},
+        ),
+        "c": StageConfig(
+            tokens=100_000,
+            seq_len=128,
+            micro_batch_tokens=128,
+            lengths={"short": 0.35, "medium": 0.35, "long": 0.3},
+            late_weights={"qa": 0.1},
+        ),
+    }
+    state, tokens = None, 0
+    account: dict[str, dict[str, int]] = {}
+    for stage in list_stages(config):
+        loader = PackedLoader(
+            config.data.sources,
+            seq_len=stage.config.data.seq_len,
+            micro_batch_tokens=stage.config.trainer.micro_batch_tokens,
+            batch_tokens=stage.batch_tokens,
+            shares=partial(shares_at, config),
+            length_bounds=(16, 48),
+            seed=0,
+            vocab_size=1000,
+            prefetch_steps=0,
+            state=state,
+        )
+        wanted: Counter[str] = Counter()
+        start = tokens
+        while tokens < stage.end:
+            now = shares_at(config, tokens)
+            batch = next(loader)
+            for name, share in (*now.sources.items(), *(now.lengths or {}).items()):
+                wanted[name] += share * batch.num_tokens
+            tokens, state = tokens + batch.num_tokens, batch.state
+        drawn: Counter[str] = Counter()
+        for source, buckets in batch.state["account"].items():
+            for bucket, count in buckets.items():
+                new = count - account.get(source, {}).get(bucket, 0)
+                drawn[source] += new
+                drawn[bucket] += new
+        account = batch.state["account"]
+        assert sum(drawn[name] for name in config.data.sources) == tokens - start
+        for name, count in wanted.items():
+            # What was drawn and waits for a row, here and at the stage's start, is about a step.
+            assert drawn[name] == pytest.approx(count, abs=0.01 * (tokens - start)), stage.name
+        # A tenth of the last fifth, and what is left of it over the next transition.
+        assert (drawn["qa"] > 0) == (stage.name != "a")
+    assert sum(sum(buckets.values()) for buckets in account.values()) == tokens
