@@ -47,7 +47,7 @@ questions: $(QUESTIONS)/manifest.json  ## long documents with questions, from th
 $(QUESTIONS)/manifest.json: | $(STAMP) $(DATA)/manifest.json
 	@echo "== making $(QUESTIONS)"
 	@rm -rf $(QUESTIONS)_text
-	@$(BIN)/python launch/make_retrieval.py output=$(QUESTIONS)_text tokenizer=$(DATA) tokens=600_000 \
+	@$(BIN)/python launch/make_retrieval.py output=$(QUESTIONS)_text tokenizer=$(DATA) tokens=300_000 \
 		lengths='[[128,511,0.3],[512,2047,0.3],[2048,4096,0.4]]'
 	@$(BIN)/python launch/prepare_data.py input=$(QUESTIONS)_text output=$(QUESTIONS) tokenizer=$(DATA) \
 		validation_fraction=0.05
