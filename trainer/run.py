@@ -78,6 +78,7 @@ def open_stage(
     Where these processes cannot run the stage, it is an error if it `is_first` in this job; else
     the job has done what it could, and there is no trainer.
     """
+    phase("choice of a checkpoint")
     finder = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
     start = find_start(config, finder)
     finder.close()
