@@ -31,6 +31,8 @@ _CITY_NAMES = (
     "Valencia Vancouver Venice Vienna Vilnius Warsaw Wellington Yerevan Zagreb Zurich"
 )
 _CITIES = _CITY_NAMES.split()
+# A passage is asked for by so many of its first words.
+_QUOTED_WORDS = 10
 _DISTRICTS = ["", "old ", "new ", "upper ", "lower ", "inner ", "outer ", "little ", "great "]
 
 
@@ -80,10 +82,10 @@ class Language(Protocol):
 
 
 class Exercises(Protocol):
-    """Makes exercises until its keys and values are used up."""
+    """Makes exercises until its keys, values or passages are used up."""
 
     def make(self, kind: str) -> Exercise | None:
-        """The next exercise of a kind; None when there are no unused keys or values."""
+        """The next exercise of a kind; None when there is nothing left to make it of."""
         ...
 
 
@@ -203,16 +205,17 @@ class Prose:
             for text, one in zip(cut, encoded, strict=True)
             if one.ids
         ]
-        # What is quoted must be long enough, and must not be found twice.
-        counts = Counter(piece.text for piece in self._pieces)
+        if not self._pieces:
+            raise ValueError("input: the haystack's texts hold no words: give other texts")
+        self._filler = self._find_filler()
+        # What is quoted must be long enough, and its beginning must not be found twice.
+        begins = [tuple(piece.text.split()[:_QUOTED_WORDS]) for piece in self._pieces]
+        times = Counter(begins)
         self.passages = [
             piece.text
-            for piece in self._pieces
-            if counts[piece.text] == 1 and len(piece.text.split()) >= 24
+            for piece, begin in zip(self._pieces, begins, strict=True)
+            if times[begin] == 1 and len(piece.text.split()) >= 24
         ]
-        if not self._pieces:
-            raise ValueError("the haystack's texts hold no words: give other texts as input")
-        self._filler = self._find_filler()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -255,15 +258,16 @@ class Prose:
 
     def _cut(self, piece: Piece, num_tokens: int) -> Piece:
         words = piece.text.split()[:num_tokens]
-        while words:
+        while True:
             text = " ".join(words)
             missing = num_tokens - 1 - len(self.encode(text))
             if missing >= 0:
                 filled = piece_of(self, text + self._filler * missing + "\n")
                 if filled.num_tokens == num_tokens:
                     return filled
+            if not words:
+                return piece_of(self, self._filler * num_tokens)
             words = words[: len(words) - max(1, -missing // 8)]
-        return piece_of(self, self._filler * num_tokens)  # too little room for a word
 
 
 class _ProseExercises:
@@ -312,9 +316,10 @@ class _ProseExercises:
         self._quoted.add(number)
         words = self._passages[number].split()
         # Quoted as one line, whatever the passage's line ends are.
-        question = f'Question: How does the passage above go on that says "{" ".join(words[:10])}'
-        question += '"? Answer: It goes on with:'
-        answer = f" {' '.join(words[10:22])}"
+        quoted, rest = words[:_QUOTED_WORDS], words[_QUOTED_WORDS : _QUOTED_WORDS + 12]
+        question = f'Question: How does the passage above go on that says "{" ".join(quoted)}"? '
+        question += "Answer: It goes on with:"
+        answer = f" {' '.join(rest)}"
         return Exercise(kind, (self._passages[number],), question, answer, "\n")
 
     def _value(self) -> str:

@@ -63,6 +63,35 @@ class _Cursor:
         self._block_start = self.position
 
 
+class _Credit:
+    """What each of some streams is owed: its share of all tokens drawn, less its own."""
+
+    def __init__(self, size: int) -> None:
+        self.owed = [0.0] * size
+        self._shares: list[tuple[int, float]] = []
+
+    def set_shares(self, shares: Sequence[float]) -> None:
+        """Relative shares from now on; one without a share is not chosen, whatever it is owed."""
+        total = sum(shares)
+        self._shares = [(number, one / total) for number, one in enumerate(shares) if one > 0]
+
+    def choose(self) -> int:
+        """The stream that is owed most."""
+        owed, chosen = self.owed, self._shares[0][0]
+        for number, _ in self._shares:
+            if owed[number] > owed[chosen]:
+                chosen = number
+        return chosen
+
+    def charge(self, chosen: int, tokens: int) -> None:
+        """Account for tokens drawn from a stream."""
+        if len(self._shares) == 1:
+            return  # it is owed what it gets
+        for number, share in self._shares:
+            self.owed[number] += tokens * share
+        self.owed[chosen] -= tokens
+
+
 class Mixture:
     """An endless series of documents whose tokens follow the shares, which may change at any time.
 
@@ -91,11 +120,9 @@ class Mixture:
             ]
             for split, buckets in zip(self._splits, self._buckets, strict=True)
         ]
-        self._credit = [0.0] * len(BUCKETS)
-        self._source_credit = [[0.0] * len(splits) for _ in BUCKETS]
+        self._credit = _Credit(len(BUCKETS))
+        self._source_credit = [_Credit(len(splits)) for _ in BUCKETS]
         self._shares: Shares | None = None
-        self._bucket_share: list[tuple[int, float]] = []
-        self._source_share: list[list[tuple[int, float]]] = []
         if state is not None:
             self._load(state)
 
@@ -104,14 +131,10 @@ class Mixture:
         if shares == self._shares:
             return
         joint = self._joint_shares(shares)
-        # Only what has a share is drawn, whatever credit is left from before.
-        self._bucket_share = [
-            (bucket, share) for bucket, row in enumerate(joint) if (share := sum(row)) > 0
-        ]
-        self._source_share = [
-            [(source, share / sum(row)) for source, share in enumerate(row) if share > 0]
-            for row in joint
-        ]
+        self._credit.set_shares([sum(row) for row in joint])
+        for credit, row in zip(self._source_credit, joint, strict=True):
+            if any(row):
+                credit.set_shares(row)
         self._shares = shares
 
     def check_shares(self, shares: Shares) -> None:
@@ -123,24 +146,18 @@ class Mixture:
 
         The stream is source number * len(BUCKETS) + bucket number.
         """
-        credit = self._credit
-        bucket = max(self._bucket_share, key=lambda one: credit[one[0]])[0]
-        within = self._source_credit[bucket]
-        source = max(self._source_share[bucket], key=lambda one: within[one[0]])[0]
+        bucket = self._credit.choose()
+        source = self._source_credit[bucket].choose()
         document, length = self._cursors[source][bucket].next()
-        for number, share in self._bucket_share:
-            credit[number] += length * share
-        credit[bucket] -= length
-        for number, share in self._source_share[bucket]:
-            within[number] += length * share
-        within[source] -= length
+        self._credit.charge(bucket, length)
+        self._source_credit[bucket].charge(source, length)
         return source * len(BUCKETS) + bucket, document, length
 
     def state(self) -> dict[str, Any]:
         """JSON-able place of every stream; independent of ranks and of batch shapes."""
         return {
             "length_bounds": self._bounds,
-            "credit": dict(zip(BUCKETS, self._credit, strict=True)),
+            "credit": dict(zip(BUCKETS, self._credit.owed, strict=True)),
             "sources": {
                 split.name: {
                     "fingerprint": split.fingerprint,
@@ -148,7 +165,7 @@ class Mixture:
                         name: {
                             "epoch": cursor.epoch,
                             "position": cursor.position,
-                            "credit": self._source_credit[bucket][number],
+                            "credit": self._source_credit[bucket].owed[number],
                         }
                         for bucket, (name, cursor) in enumerate(zip(BUCKETS, cursors, strict=True))
                     },
@@ -166,12 +183,12 @@ class Mixture:
                 f"{state['length_bounds']}: resume with those, or start a new run"
             )
         _check_same_data(self._splits, state["sources"])
-        self._credit = [state["credit"][name] for name in BUCKETS]
+        self._credit.owed = [state["credit"][name] for name in BUCKETS]
         for source, split in enumerate(self._splits):
             for bucket, name in enumerate(BUCKETS):
                 place = state["sources"][split.name]["buckets"][name]
                 self._cursors[source][bucket].go_to(place["epoch"], place["position"])
-                self._source_credit[bucket][source] = place["credit"]
+                self._source_credit[bucket].owed[source] = place["credit"]
 
     def _joint_shares(self, shares: Shares) -> list[list[float]]:
         """Share of all tokens by bucket and source: the rows sum to 1."""

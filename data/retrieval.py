@@ -79,28 +79,24 @@ def make_prompt(
         event for other in others for event in _facts(other, sorted(rng.random(len(other.facts))))
     ]
     answer, question = piece_of(language, asked.answer), piece_of(language, asked.question)
-    inserted = [
-        [(place, piece_of(language, text)) for place, text in events]
-        for events in (distractors, facts)
-    ]
+    hidden = [(place, piece_of(language, text)) for place, text in facts]
+    beside = [(place, piece_of(language, text)) for place, text in distractors]
     taken = question.num_tokens + answer.num_tokens
-    taken += sum(piece.num_tokens for pieces in inserted for _, piece in pieces)
+    taken += sum(piece.num_tokens for _, piece in hidden + beside)
     if taken > length:
         raise ValueError(
             f"a prompt of {length} tokens has no room for its facts and its question, which take "
             f"{taken}: ask for a longer one, or for fewer distractors"
         )
-    without = {text for _, text in [*facts, *distractors]}
+    without = {piece.text for _, piece in hidden + beside}
+    pieces = _interleave(language.haystack(rng, length - taken, without=without), beside)
     # The facts come last, so that their depth is one among all that is before the question.
-    pieces = language.haystack(rng, length - taken, without=without)
-    for one in inserted:
-        pieces = _interleave(pieces, one)
+    pieces = _interleave(pieces, hidden)
     ids = np.concatenate([*(piece.ids for piece in pieces), question.ids])
-    begin = next(at for at, piece in enumerate(pieces) if piece is inserted[1][0][1])
+    begin = next(at for at, piece in enumerate(pieces) if piece is hidden[0][1])
     before = sum(piece.num_tokens for piece in pieces[:begin])
-    text = "".join(piece.text for piece in pieces) + asked.question
     return Prompt(
-        text=text,
+        text="".join(piece.text for piece in pieces) + asked.question,
         ids=ids.tolist(),
         answer_text=asked.answer,
         answer=answer.ids.tolist(),
@@ -158,7 +154,7 @@ def _draw_exercises(
     for number in rng.choice(len(names), count, p=shares):
         exercise = source.make(names[number])
         if exercise is None:
-            break
+            continue
         asked = exercise.question + exercise.answer + exercise.end
         room -= sum(len(language.encode(text)) for text in (*exercise.facts, asked))
         if room < 0:
@@ -175,7 +171,9 @@ def _check_kind(kind: str) -> None:
 def _next(source: Exercises, kind: str) -> Exercise:
     exercise = source.make(kind)
     if exercise is None:
-        raise ValueError(f"there are not enough keys for so many distractors of kind {kind}")
+        raise ValueError(
+            f"there are not enough keys, values or passages for so many distractors of kind {kind}"
+        )
     return exercise
 
 

@@ -189,7 +189,7 @@ def test_the_answers_are_much_of_what_there_is_to_learn() -> None:
 def test_too_little_room() -> None:
     with pytest.raises(ValueError, match="a prompt of 30 tokens has no room"):
         make_prompt("needle", Words(), np.random.default_rng(0), length=30, num_distractors=9)
-    with pytest.raises(ValueError, match="not enough keys"):
+    with pytest.raises(ValueError, match="not enough keys, values or passages"):
         make_prompt("needle", Words(num_keys=8), np.random.default_rng(0), length=900,
                     num_distractors=9)  # fmt: skip
     with pytest.raises(ValueError, match="kinds: poem is unknown"):
