@@ -110,6 +110,9 @@ def show(facts: dict[str, Any], console: Console) -> None:
     table = Table("GiB of a rank at its peak", *(stage["name"] for stage in stages))
     for name in [*list(stages[0]["memory_gib_per_rank"])[1:], "total"]:
         table.add_row(name, *(f"{stage['memory_gib_per_rank'][name]:.2f}" for stage in stages))
+    if any(stage["host_gib_per_rank"] for stage in stages):
+        table.add_section()
+        table.add_row("in host memory", *(f"{one['host_gib_per_rank']:.2f}" for one in stages))
     console.print(table)
     _show_step(facts, console)
     for stage in stages:

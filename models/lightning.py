@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulmen.kernels.gated_norm import gated_rms_norm
@@ -34,6 +35,33 @@ class LightningAttention(nn.Module):
         gate = self.output_gate(x)
         output = self.attend(q, k, v, context, begun).flatten(2)
         return self.out_proj(gated_rms_norm(output, gate, self.norm.weight, self.norm.eps))
+
+    # The same in three parts, for what works on the first and the last by chunks of tokens.
+
+    @property
+    def weights(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Those of `project` and of `close`."""
+        close = (self.output_gate.weight, self.norm.weight, self.out_proj.weight)
+        return (self.qkv_proj.weight,), close
+
+    def tables(self, context: Context) -> tuple[Tensor, ...]:
+        """`[tokens, ...]` each, what `project` needs of its tokens besides their values."""
+        return ()
+
+    def project(self, x: Tensor, qkv_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v `[batch, tokens, heads, head_dim]` of `[batch, tokens, hidden_size]`."""
+        return silu_qkv(F.linear(x, qkv_weight), self.num_heads)
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attention, `[batch, tokens, heads, head_dim]`."""
+        return self.attend(q, k, v, context, self.begin(k, v, context))
+
+    def close(
+        self, x: Tensor, output: Tensor, gate_weight: Tensor, norm: Tensor, out_weight: Tensor
+    ) -> Tensor:
+        """The layer's output from its input and the core's output."""
+        gate = F.linear(x, gate_weight)
+        return F.linear(gated_rms_norm(output.flatten(2), gate, norm, self.norm.eps), out_weight)
 
     def begin(self, k: Tensor, v: Tensor, context: Context) -> Any:
         """What sequence parallelism sends off, so that it is under way beside the gate's product;

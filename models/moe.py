@@ -15,6 +15,7 @@ from fulmen.kernels.moe import (
     route,
     unpermute,
 )
+from fulmen.models.chunks import in_chunks
 from fulmen.models.config import ModelConfig, MoEConfig
 
 
@@ -38,6 +39,8 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(inner))
         self.w3 = nn.Parameter(torch.empty(inner))
         self.w2 = nn.Parameter(torch.empty(inner[0], inner[2], inner[1]))
+        self.chunk_tokens: int | None = None
+        """Tokens that are dispatched at a time, and again backward; None = all, once."""
 
     def forward(
         self, x: Tensor, experts: Tensor, weights: Tensor, most_rows: int | None = None
@@ -50,24 +53,51 @@ class Experts(nn.Module):
             weights: `[tokens, k]`.
             most_rows: that any expert gets of these tokens, if a limit is known.
         """
-        return self.dispatch(x, experts, weights, most_rows)
+        matrices = self.matrices()
+        if self.chunk_tokens is None:
+            return self.dispatch(x, experts, weights, most_rows, matrices)
+
+        def some(x: Tensor, experts: Tensor, weights: Tensor, *matrices: Tensor) -> Tensor:
+            # Any number of the row's assignments may fall into one chunk: no limit is known.
+            return self.dispatch(x, experts, weights, None, matrices)
+
+        return in_chunks(some, self.chunk_tokens, (x, experts, weights), matrices)[0]
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        """w1, w3 and w2 as `dispatch` gets them; expert parallelism's seam."""
+        return self.w1, self.w3, self.w2
 
     def dispatch(
-        self, x: Tensor, experts: Tensor, weights: Tensor, most_rows: int | None
+        self,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        most_rows: int | None,
+        matrices: tuple[Tensor, ...],
     ) -> Tensor:
         """Send tokens to their experts and sum what comes back; expert parallelism's seam."""
         order = permutation(experts, self.w1.shape[0])
-        outputs = grouped_swiglu(permute(x, order), order.counts, self.w1, self.w3, self.w2)
+        w1, w3, w2 = matrices
+        outputs = grouped_swiglu(permute(x, order), order.counts, w1, w3, w2)
         return unpermute(outputs, weights, order)
 
 
 class Router(nn.Linear):
     """Logits in fp32 also in bf16 training, where rounding would decide between close experts."""
 
+    chunk_tokens: int | None = None
+    """Tokens whose fp32 copy exists at a time, and again backward; None = all, kept."""
+
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, hidden_size]` to `[tokens, num_experts]`."""
+        if self.chunk_tokens is None:
+            return self._logits(x, self.weight)
+        return in_chunks(self._logits, self.chunk_tokens, (x,), (self.weight,))[0]
+
+    @staticmethod
+    def _logits(x: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(dtype), self.weight.to(dtype))
+        return F.linear(x.to(dtype), weight.to(dtype))
 
 
 class MoE(nn.Module):

@@ -1,6 +1,7 @@
 """Softmax attention layer: grouped queries, RoPE on part of each head."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulmen.kernels.attention import softmax_attention
@@ -31,6 +32,35 @@ class SoftmaxAttention(nn.Module):
         k = rope(self.k_proj(x).view(shape), context.cos, context.sin)
         v = self.v_proj(x).view(shape)
         return self.o_proj(self.attend(q, k, v, context).flatten(2))
+
+    # The same in three parts, as in `LightningAttention`.
+
+    @property
+    def weights(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Those of `project` and of `close`."""
+        project = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        return project, (self.o_proj.weight,)
+
+    def tables(self, context: Context) -> tuple[Tensor, ...]:
+        """`[tokens, ...]` each, what `project` needs of its tokens besides their values."""
+        return context.cos, context.sin
+
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v `[batch, tokens, heads, head_dim]` of `[batch, tokens, hidden_size]`."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q = rope(F.linear(x, q_weight).view(shape), cos, sin)
+        k = rope(F.linear(x, k_weight).view(shape), cos, sin)
+        return q, k, F.linear(x, v).view(shape)
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attention, `[batch, tokens, heads, head_dim]`."""
+        return self.attend(q, k, v, context)
+
+    def close(self, x: Tensor, output: Tensor, out_weight: Tensor) -> Tensor:
+        """The layer's output from its input and the core's output."""
+        return F.linear(output.flatten(2), out_weight)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """The attention core on `[batch, tokens, heads, head_dim]`; sequence parallelism's seam."""

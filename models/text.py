@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fulmen.kernels.cross_entropy import linear_cross_entropy
-from fulmen.kernels.norm import deepnorm
+from fulmen.kernels.norm import deepnorm, rms_norm
+from fulmen.models.chunks import in_chunks
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.layers import Cache, Context, RMSNorm, packed_positions, rope_tables
 from fulmen.models.lightning import LightningAttention
@@ -44,17 +45,50 @@ class Block(nn.Module):
         self.self_attn = attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.block_sparse_moe = MoE(config, moe)
+        self.chunk_tokens: int | None = None
+        """Tokens that go through what lies around attention's core at a time; None = all."""
 
     def forward(
         self, x: Tensor, context: Context, num_tokens: int | None
     ) -> tuple[Tensor, MoEStats]:
         """`[batch, tokens, hidden_size]` in and out."""
+        return self.mix_channels(self.mix_tokens(x, context), num_tokens)
+
+    def mix_tokens(self, x: Tensor, context: Context) -> Tensor:
+        """The attention sublayer and the norm behind it; a seam of activation checkpointing."""
+        if self.chunk_tokens is not None and x.shape[0] == 1:
+            return self._mix_tokens_in_chunks(x, context, self.chunk_tokens)
         h = self.input_layernorm(x)
-        attended = self.self_attn(h, context)
-        norm = self.post_attention_layernorm
-        h = deepnorm(h, attended, norm.weight, norm.eps, alpha=self.alpha, beta=self.beta)
+        return self._add(h, self.self_attn(h, context), self.post_attention_layernorm.weight)
+
+    def mix_channels(self, h: Tensor, num_tokens: int | None) -> tuple[Tensor, MoEStats]:
+        """The expert sublayer without its norm; a seam of activation checkpointing."""
         output, stats = self.block_sparse_moe(h, num_tokens)
         return torch.add(self.alpha * h, output, alpha=self.beta), stats
+
+    def _add(self, h: Tensor, attended: Tensor, weight: Tensor) -> Tensor:
+        eps = self.post_attention_layernorm.eps
+        return deepnorm(h, attended, weight, eps, alpha=self.alpha, beta=self.beta)
+
+    def _mix_tokens_in_chunks(self, x: Tensor, context: Context, size: int) -> Tensor:
+        attention, eps = self.self_attn, self.input_layernorm.eps
+        first, last = self.input_layernorm.weight, self.post_attention_layernorm.weight
+        of_project, of_close = attention.weights
+
+        def before(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            *own, norm = others
+            return tuple(part[0] for part in attention.project(rms_norm(x, norm, eps)[None], *own))
+
+        def after(x: Tensor, output: Tensor, norm: Tensor, added: Tensor, *own: Tensor) -> Tensor:
+            h = rms_norm(x, norm, eps)[None]
+            return self._add(h, attention.close(h, output[None], *own), added)[0]
+
+        rows = x[0]
+        tables = attention.tables(context)
+        q, k, v = in_chunks(before, size, (rows, *tables), (*of_project, first))
+        output = attention.core(q[None], k[None], v[None], context)[0]
+        del q, k, v  # what is needed of them backward is kept by the core
+        return in_chunks(after, size, (rows, output), (first, last, *of_close))[0][None]
 
 
 class Head(nn.Linear):

@@ -65,7 +65,8 @@ def spread_experts(experts: Experts, mesh: Mesh, *, num_groups: int) -> None:
     note = f"all-to-all over ep={mesh.ep}, {num_groups} group(s) of tokens"
     if mesh.etp > 1:
         note += f"; width over etp={mesh.etp}"
-    fill_seam(experts, "dispatch", partial(dispatch, experts, mesh, num_groups), note)
+    fill_seam(experts, "dispatch", partial(dispatch, mesh, num_groups, experts.w1.shape[0]), note)
+    fill_seam(experts, "matrices", partial(_local_matrices, experts), "this rank's slices")
 
 
 @dataclass
@@ -97,18 +98,19 @@ def make_leg(
 
 
 def dispatch(
-    experts: Experts,
     mesh: Mesh,
     num_groups: int,
+    num_experts: int,
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
     most_rows: int | None,
+    matrices: Sequence[Tensor],
 ) -> Tensor:
     """`Experts.dispatch` where a rank holds a part of the experts."""
     if most_rows is not None:
-        return _dispatch_buffers(experts, mesh, num_groups, x, chosen, weights, most_rows)
-    num_experts = experts.w1.shape[0]
+        sizes = (num_experts, most_rows)
+        return _dispatch_buffers(sizes, mesh, num_groups, x, chosen, weights, matrices)
     keys = _by_group(chosen, num_groups, num_experts)
     order = permutation(keys, num_groups * num_experts)
     table, on_host = _exchange_counts(order.counts.view(num_groups, num_experts), mesh)
@@ -117,7 +119,6 @@ def dispatch(
     rows = permute(x, order)
     segments = _arriving_segments(table, mesh)
     counts = segments.sum(1)
-    matrices = _local_matrices(experts)
     computes = [
         partial(_compute, *of_group)
         for of_group in zip(segments.unbind(), counts.unbind(), strict=True)
@@ -138,12 +139,12 @@ def _by_group(chosen: Tensor, num_groups: int, num_experts: int) -> Tensor:
     return torch.where(chosen < num_experts, group * num_experts + chosen, dropped)
 
 
-def _local_matrices(experts: Experts) -> list[Tensor]:
-    return [cast(DTensor, w).to_local() for w in (experts.w1, experts.w3, experts.w2)]
+def _local_matrices(experts: Experts) -> tuple[Tensor, ...]:
+    return tuple(cast(DTensor, w).to_local() for w in (experts.w1, experts.w3, experts.w2))
 
 
 def _travel(
-    rows: list[Tensor], legs: list[Leg], mesh: Mesh, matrices: list[Tensor]
+    rows: list[Tensor], legs: list[Leg], mesh: Mesh, matrices: Sequence[Tensor]
 ) -> list[Tensor]:
     """Rows to their experts and back, each group's exchanges beside the work on the others.
 
@@ -243,19 +244,20 @@ def _compute(segments: Tensor, counts: Tensor, rows: Tensor, weights: Weights) -
 
 
 def _dispatch_buffers(
-    experts: Experts,
+    sizes: tuple[int, int],
     mesh: Mesh,
     num_groups: int,
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
-    most_rows: int,
+    matrices: Sequence[Tensor],
 ) -> Tensor:
-    """Every rank sends `most_rows` rows to every expert, zeros where it has fewer.
+    """Every rank sends as many rows to every expert, zeros where it has fewer; `sizes` are the
+    number of experts and that of these rows.
 
     The groups are ranges of an expert's rows.
     """
-    num_experts, matrices = experts.w1.shape[0], _local_matrices(experts)
+    num_experts, most_rows = sizes
     order = permutation(chosen, num_experts)
     buffers = _fill_buffers(permute(x, order), order, most_rows)
     legs, rows = [], []

@@ -3,14 +3,13 @@
 from functools import partial
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fulmen.models.init import init_rows
 from fulmen.models.lightning import LightningAttention
 from fulmen.models.moe import MoE
 from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, TextModel
+from fulmen.parallel.checkpointing import checkpoint_activations
 from fulmen.parallel.config import ParallelConfig, check_experts
 from fulmen.parallel.expert import spread_experts
 from fulmen.parallel.lasp import spread_lightning
@@ -31,6 +30,8 @@ def parallelize(
     activation_checkpointing: str,
     compile_blocks: bool,
     seed: int,
+    chunk_tokens: int | None = None,
+    offload_checkpoints: bool = False,
 ) -> ZeroEngine:
     """Spread a model that was built on the meta device and give it its initial values.
 
@@ -42,9 +43,13 @@ def parallelize(
     for block in blocks:
         if compile_blocks:
             block.compile()
-        if activation_checkpointing == "full":
-            _checkpoint_activations(block)
-
+    checkpoint_activations(
+        blocks,
+        activation_checkpointing,
+        chunk_tokens=chunk_tokens,
+        offload=offload_checkpoints,
+        device=mesh.device,
+    )
     if mesh.cp > 1:
         spread_rows(model, mesh, config)
     check_experts(config, model.config, mesh.world_size)
@@ -104,10 +109,3 @@ def spread_moe(moe: MoE, mesh: Mesh, *, num_groups: int) -> None:
     if moe.global_router:
         allowance = partial(shared_allowance, everyone)
         fill_seam(moe, "allowance", allowance, "capacity shared by all ranks")
-
-
-def _checkpoint_activations(block: nn.Module) -> None:
-    # The model draws no random numbers, so there is no generator state to restore.
-    block.forward = partial(  # type: ignore[method-assign]
-        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-    )

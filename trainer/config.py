@@ -11,7 +11,7 @@ from omegaconf import MISSING, OmegaConf
 from fulmen.data.config import DataConfig
 from fulmen.kernels.config import KernelsConfig
 from fulmen.models.config import ModelConfig, MoEConfig, check_model
-from fulmen.parallel.config import ParallelConfig, check_experts, check_parallel
+from fulmen.parallel.config import POLICIES, ParallelConfig, check_experts, check_parallel
 from fulmen.trainer.metrics import LogConfig
 
 Schema = TypeVar("Schema")
@@ -85,7 +85,13 @@ class TrainerConfig:
     dtype: str = "bfloat16"
     """Of the forward and backward pass: bfloat16 or float32. Weights and sums are fp32."""
     activation_checkpointing: str = "none"
-    """none, or full: keep only each block's input and compute the block again backward."""
+    """none, selective (norms and activation functions are computed again backward) or full (each
+    block's input alone is kept)."""
+    offload_checkpoints: bool = False
+    """Keep the inputs that full checkpointing keeps in pinned host memory."""
+    chunk_tokens: int | None = None
+    """Tokens that go through experts and projections at a time, and again backward; null = all of
+    a row's, once."""
     compile: bool = False
     """torch.compile each block."""
     allow_misfit: bool = False
@@ -191,12 +197,8 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_choice("optim.name", config.optim.name, ["adamw", "apex_fused_adam"])
     _check_choice("trainer.dtype", config.trainer.dtype, ["bfloat16", "float32"])
     checkpointing = config.trainer.activation_checkpointing
-    _check_choice("trainer.activation_checkpointing", checkpointing, ["none", "full"])
-    if config.trainer.compile and checkpointing == "full":
-        raise ValueError(
-            "trainer.compile=true does not go with trainer.activation_checkpointing=full: a block "
-            "compiled anew for its second pass saves other tensors; choose one of the two"
-        )
+    _check_choice("trainer.activation_checkpointing", checkpointing, POLICIES)
+    _check_memory(config.trainer)
     for axis in ("cp", "ep", "etp"):
         if config.trainer.compile and getattr(config.parallel, axis) > 1:
             raise ValueError(
@@ -224,6 +226,32 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_batches(config, world_size)
 
 
+def _check_memory(trainer: TrainerConfig) -> None:
+    checkpointing = trainer.activation_checkpointing
+    if trainer.compile and checkpointing != "none":
+        raise ValueError(
+            "trainer.compile=true does not go with trainer.activation_checkpointing="
+            f"{checkpointing}: a block compiled anew for its second pass saves other tensors; "
+            "choose one of the two"
+        )
+    if trainer.compile and trainer.chunk_tokens is not None:
+        raise ValueError(
+            "trainer.compile=true does not go with trainer.chunk_tokens: chunks are computed again "
+            "by hand; choose one of the two"
+        )
+    if trainer.chunk_tokens is not None and checkpointing == "selective":
+        raise ValueError(
+            "trainer.chunk_tokens does not go with trainer.activation_checkpointing=selective, "
+            "which would keep what chunks compute again: set it to full, or to none to keep the "
+            "inputs and outputs of attention's cores"
+        )
+    if trainer.offload_checkpoints and checkpointing != "full":
+        raise ValueError(
+            "trainer.offload_checkpoints=true needs trainer.activation_checkpointing=full: it is "
+            "the kept inputs that go to host memory"
+        )
+
+
 def _check_ranges(config: RunConfig) -> None:
     positive = {
         "optim.lr": config.optim.lr,
@@ -231,6 +259,7 @@ def _check_ranges(config: RunConfig) -> None:
         "optim.grad_clip": config.optim.grad_clip,
         "trainer.max_steps": config.trainer.max_steps,
         "trainer.max_tokens": config.trainer.max_tokens,
+        "trainer.chunk_tokens": config.trainer.chunk_tokens,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "evaluation.every_steps": config.evaluation.every_steps,

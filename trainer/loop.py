@@ -68,6 +68,8 @@ class Trainer:
             activation_checkpointing=config.trainer.activation_checkpointing,
             compile_blocks=config.trainer.compile,
             seed=config.seed,
+            chunk_tokens=config.trainer.chunk_tokens,
+            offload_checkpoints=config.trainer.offload_checkpoints,
         )
         for line in audit(self.model, self.engine, config.parallel).splitlines():
             if mesh.rank == 0:

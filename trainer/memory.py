@@ -26,7 +26,21 @@ compute type unless said:
 | last norm, model            | T h, fp32 T; int64 ids and labels 2 T; RoPE tables        |
 | head and cross entropy      | gradients of both factors T h + V h                       |
 
-With full checkpointing a block keeps its input T h alone; one block's list comes and goes.
+Policies and chunks (parallel/checkpointing.py) keep less of a block, and the list comes and goes
+with its second pass:
+
+| policy, chunks   | kept, numbers                                                              |
+|------------------|----------------------------------------------------------------------------|
+| selective        | input T h; q k v before SiLU or RoPE 3 T i (T i, 2 T v), gate T i, core's   |
+|                  | output T i, attention layer's output T h; deepnorm's output T h instead of  |
+|                  | its fp32 copy; experts as above                                             |
+| full             | input T h                                                                   |
+| full in chunks   | input T h, deepnorm's output T h, probabilities, weights and experts;       |
+|                  | softmax: output T i, fp32 log-sum-exp T heads                               |
+| none in chunks   | the same, and what the core keeps and puts out                              |
+
+With offload the inputs, and deepnorm's outputs, lie in host memory, but for two at a time. In
+chunks of c tokens the list's rows of an expert or a projection are those of c tokens.
 
 The peak is looked for at several moments of a step: in the head and at the reduction of its
 gradient; in each block's backward pass in its experts, at the reduction of their gradients, and in
@@ -35,7 +49,7 @@ for themselves, and what ZeRO's reductions and gathers hold.
 """
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from math import ceil, prod
 
@@ -194,12 +208,14 @@ class Sizes:
 
 
 def sizes_of(config: RunConfig) -> Sizes:
-    """With experts that get equal shares; buffers of a capacity are counted whole."""
+    """With experts that get equal shares; buffers of a capacity, which chunks do without, are
+    counted whole."""
     model, parallel = config.model, config.parallel
     tokens = config.trainer.micro_batch_tokens // parallel.cp
     rows = tokens * model.num_experts_per_token
     capacity = config.moe.capacity_factor
-    if capacity and not config.moe.global_router and parallel.ep * parallel.etp > 1:
+    whole = config.trainer.chunk_tokens is None and not config.moe.global_router
+    if capacity and whole and parallel.ep * parallel.etp > 1:
         each = min(ceil(capacity * rows / model.num_experts), tokens)
         rows = each * model.num_experts
     return Sizes(
@@ -245,11 +261,68 @@ def model_activations(config: RunConfig) -> int:
     return s.T * (s.e * s.h + FP32 + 2 * INT64 + FP32 * config.model.rotary_dim)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a block keeps until its backward pass."""
+
+    attention: int
+    """By its attention half, without what may lie on the host."""
+    experts: int
+    """By its router and experts, likewise."""
+    movable: int
+    """Inputs that full checkpointing keeps, here or on the host."""
+
+    @property
+    def here(self) -> int:
+        """All of it, if nothing lies on the host."""
+        return self.attention + self.experts + self.movable
+
+
+def kept_of_layer(config: RunConfig, layer: int) -> Kept:
+    """By policy and chunks."""
+    s, softmax = sizes_of(config), config.model.is_softmax(layer)
+    policy, chunks = config.trainer.activation_checkpointing, config.trainer.chunk_tokens
+    row = s.e * s.T * s.h
+    core = _core_outputs(s, softmax)
+    if chunks is not None:
+        routing = s.T * (FP32 * (s.E + s.k) + INT64 * s.k)
+        if policy == "full":
+            return Kept(core if softmax else 0, routing, 2 * row)
+        return Kept(row + core + _core_inputs(s, softmax), routing + row, 0)
+    if policy == "full":
+        return Kept(0, 0, row)
+    if policy == "selective":
+        before = s.i + 2 * s.v if softmax else 4 * s.i
+        repeated = s.cp > 1 and not softmax  # no torch op, which the policy could keep
+        attention = 2 * row + s.e * s.T * before + (0 if repeated else core)
+        # The router's input, in fp32 the same tensor.
+        router = router_activations(s) - (FP32 - s.e) * s.T * s.h
+        return Kept(attention, router + expert_activations(s), 0)
+    attention = attention_activations(s, softmax=softmax)
+    return Kept(attention, router_activations(s) + expert_activations(s), 0)
+
+
+def _core_inputs(s: Sizes, softmax: bool) -> int:
+    if softmax:
+        return s.e * s.T * (s.i + 2 * s.v * s.kv_ranks)
+    return s.e * s.T * 3 * s.i + (FP32 * s.state if s.cp > 1 else 0)
+
+
+def _core_outputs(s: Sizes, softmax: bool) -> int:
+    return s.e * s.T * s.i + (FP32 * s.T * s.heads if softmax else 0)
+
+
 def layer_activations(config: RunConfig, layer: int) -> int:
-    """Bytes that a block keeps until its backward pass, without checkpointing."""
-    s = sizes_of(config)
-    attention = attention_activations(s, softmax=config.model.is_softmax(layer))
-    return attention + router_activations(s) + expert_activations(s)
+    """Bytes that a block keeps on the GPU until its backward pass."""
+    kept = kept_of_layer(config, layer)
+    return kept.here - (kept.movable if config.trainer.offload_checkpoints else 0)
+
+
+def host_bytes(config: RunConfig) -> int:
+    """That a rank pins in host memory for its checkpoints."""
+    if not config.trainer.offload_checkpoints:
+        return 0
+    return sum(kept_of_layer(config, layer).movable for layer in range(config.model.num_layers))
 
 
 def head_scratch(tokens: int, hidden: int, vocab: int, e: int) -> int:
@@ -323,9 +396,8 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         by_layer.setdefault(unit.layer, {})[unit.name] = unit
     ends = by_layer.pop(-1)
     head = ends["lm_head"]
-    full = config.trainer.activation_checkpointing == "full"
-    kept = s.e * s.T * s.h  # of a checkpointed block
-    layers = [kept if full else layer_activations(config, n) for n in sorted(by_layer)]
+    layers = [layer_activations(config, number) for number in sorted(by_layer)]
+    on_its_way = s.e * s.T * s.h if config.trainer.offload_checkpoints else 0
     rest = model_activations(config)
     to_the_end = rest - s.T * (s.e * s.h + FP32)  # the last norm's part goes first
 
@@ -333,13 +405,13 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
     parts, reduce = zero.parts, zero.reduce
     scratch = head_scratch(s.T, s.h, config.model.vocab_size, s.e)
     in_head = 2 * s.e * s.T * s.h + s.e * head.whole + scratch
-    yield parts(head, activations=rest + sum(layers), head=in_head)
+    yield parts(head, activations=rest + sum(layers) + on_its_way, head=in_head)
 
     reduce(head)
     last_reduced = FP32 * head.whole
     yield parts(
         head,
-        activations=rest + sum(layers),
+        activations=rest + sum(layers) + on_its_way,
         working=s.e * (2 * s.T * s.h + head.whole),
         buffers=last_reduced,
     )
@@ -350,28 +422,25 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         # The gather of the next units in line, before it is copied to its place.
         ahead = max([u.copy_bytes * u.whole for u in near if u.stage == 3], default=0)
         before = to_the_end + sum(layers[:number])
-        attention = attention_activations(s, softmax=config.model.is_softmax(number))
-        router = router_activations(s)
-        # Rows of the weighted sum are gone once their gradient is there.
-        in_experts = expert_activations(s) - s.e * s.T * s.k * s.h
+        block = _block_moments(config, number, s.e * experts.whole, s.e * dense.whole)
         yield parts(
             *near,
-            activations=before + attention + router + in_experts,
-            working=_expert_work(s, s.e * experts.whole),
+            activations=before + block.in_experts,
+            working=block.expert_work,
             buffers=last_reduced + ahead,
         )
         reduce(experts)
         near.remove(experts)
         yield parts(
             *near,
-            activations=before + attention + router,
+            activations=before + block.behind_experts,
             working=s.e * (3 * s.T * s.h + experts.whole),
             buffers=FP32 * experts.whole + ahead,
         )
         yield parts(
             *near,
-            activations=before + attention,
-            working=_attention_work(s, s.e * dense.whole, config.model.is_softmax(number)),
+            activations=before + block.in_attention,
+            working=block.attention_work,
             buffers=FP32 * experts.whole + ahead,
         )
         reduce(dense, layer["gate"])
@@ -387,6 +456,57 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
     yield parts(activations=0)
 
 
+@dataclass(frozen=True)
+class BlockMoments:
+    """Bytes of one block in its backward pass: kept or computed again, and worked with."""
+
+    in_experts: int
+    expert_work: int
+    behind_experts: int
+    in_attention: int
+    attention_work: int
+
+
+def _block_moments(config: RunConfig, layer: int, experts: int, dense: int) -> BlockMoments:
+    """`experts` and `dense` are the bytes of the weights' gradients."""
+    s, softmax = sizes_of(config), config.model.is_softmax(layer)
+    kept = kept_of_layer(config, layer)
+    policy, chunk = config.trainer.activation_checkpointing, config.trainer.chunk_tokens
+    row = s.e * s.T * s.h
+    if chunk is not None:
+        part = replace(s, T=min(chunk, s.T), rows=s.rows * min(chunk, s.T) // s.T)
+        # With its own gradients a chunk has their sums in fp32.
+        in_chunk = expert_activations(part) + _expert_work(part, experts) + FP32 * experts // s.e
+        near = attention_activations(part, softmax=softmax)
+        near += _attention_work(part, dense, softmax) + FP32 * dense // s.e
+        # With offload the input is on its way while the experts work, then the one before it.
+        on_its_way = row if config.trainer.offload_checkpoints else 0
+        around_core = row + _core_inputs(s, softmax) + _core_outputs(s, softmax)
+        return BlockMoments(
+            kept.here,
+            3 * row + in_chunk,
+            kept.here,
+            around_core + on_its_way,
+            _chunked_attention_work(s, softmax, near),
+        )
+    attention = attention_activations(s, softmax=softmax)
+    router = router_activations(s)
+    # Rows of the weighted sum are gone once their gradient is there.
+    in_experts = expert_activations(s) - s.e * s.T * s.k * s.h
+    before = attention
+    if policy == "selective":  # the rest comes when the experts are done
+        before, router = kept.attention, kept.experts - expert_activations(s)
+    if config.trainer.offload_checkpoints:
+        attention, before = attention + row, before + row
+    return BlockMoments(
+        before + router + in_experts,
+        _expert_work(s, experts),
+        before + router,
+        attention,
+        _attention_work(s, dense, softmax),
+    )
+
+
 def _expert_work(s: Sizes, weight_bytes: int) -> int:
     """In the experts' backward pass: gradients of the block's output and its residual, of rows in
     and out, of gate and up, the inner rows again; at its end those of the weights."""
@@ -398,7 +518,27 @@ def _expert_work(s: Sizes, weight_bytes: int) -> int:
 
 
 def _attention_work(s: Sizes, weight_bytes: int, softmax: bool) -> int:
-    """In attention's backward pass: gradients of the residual and the layer's in- and output, of
-    q, k, v before and after their activation, of the gate; those of the weights."""
-    inner = 3 * s.i + 4 * s.v * s.kv_ranks if softmax else 7 * s.i
-    return s.e * s.T * (3 * s.h + inner) + weight_bytes
+    """In attention's backward pass, beside what it keeps, of which each op gives its own up:
+    gradients of the norm behind it, of its residual and of the layer's output; or of the residual
+    and the core's in- and output, when two rows and two core outputs are gone (softmax attention
+    keeps its output); those of the weights."""
+    row, inner = s.e * s.T * s.h, s.e * s.T * s.i
+    in_core = 2 * inner
+    if softmax:
+        in_core = 2 * inner + 2 * s.e * s.T * s.v * s.kv_ranks + _core_scratch(s)
+    return max(3 * row, in_core) + weight_bytes
+
+
+def _chunked_attention_work(s: Sizes, softmax: bool, chunk: int) -> int:
+    """The same where all but the core is done in chunks, beside the input, in- and output of the
+    core: gradients of this half's in- and output and of the core's output, and what a chunk takes;
+    or of the input and of the core's in- and output, which softmax attention keeps until then."""
+    gradients = s.h + (2 * s.i + 2 * s.v * s.kv_ranks if softmax else 3 * s.i)
+    in_core = s.e * s.T * gradients + (_core_scratch(s) if softmax else 0)
+    return max(in_core, s.e * s.T * (2 * s.h + s.i) + chunk)
+
+
+def _core_scratch(s: Sizes) -> int:
+    """Of softmax attention's backward pass: the gradient of q in fp32. Not measured;
+    FlashAttention 2 also takes gradients of k and v by query head."""
+    return FP32 * s.T * s.i

@@ -24,9 +24,11 @@ from fulmen.trainer.memory import (
     compute_bytes,
     count_model,
     find_peak,
+    host_bytes,
     list_units,
     sizes_of,
 )
+from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_sizes, batch_tokens
 from fulmen.trainer.stages import Stage, list_stages, run_tokens
 
@@ -87,6 +89,8 @@ class Assumptions:
     """Of each GPU, in one direction, between nodes: 400 Gbit/s."""
     network_share: float = 0.7
     """Collectives between nodes; not measured here."""
+    host_gb_per_s: float = 50.0
+    """Of each GPU, to and from pinned host memory, in one direction; not measured."""
     hidden_share: float = 0.8
     """ZeRO's exchanges run beside work, up to this share of its time; not measured at scale."""
     host_ms_per_layer: float = 18.8
@@ -147,8 +151,14 @@ def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, ba
     busy = sum(work.values())
     zero = exchange_s.get("ZeRO", 0.0)
     shown = max(0.0, zero - assume.hidden_share * busy) + sum(exchange_s.values()) - zero
+    if host_bytes(config):
+        # Out and back on a stream of their own, beside all other work.
+        exchange_gb["host memory"] = 2 * count * host_bytes(config) / 1e9
+        exchange_s["host memory"] = exchange_gb["host memory"] / assume.host_gb_per_s
+        shown += max(0.0, exchange_s["host memory"] - busy)
     # Launches as work: a block that is computed again is launched again.
-    again = 4 / 3 if config.trainer.activation_checkpointing == "full" else 1
+    passes = count_passes(config)
+    again = passes.experts / 3 * passes.chunks
     host = again * count * config.model.num_layers * assume.host_ms_per_layer / 1e3
     seconds = max(busy + shown, host)
     mfu = None
@@ -167,26 +177,24 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         num_assignments=s.rows // s.etp * model.num_layers,
     )
     peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
-    full = config.trainer.activation_checkpointing == "full"
-    blocks = 4 if full else 3  # forward passes' worth
+    passes = count_passes(config)
     lightning = model.num_layers - model.num_softmax_layers
-    # Of 11 tensors that the core moves, forward reads and writes 4.
-    core_bytes = lightning * s.e * s.T * s.i * (15 if full else 11)
+    core_bytes = lightning * s.e * s.T * s.i * passes.lightning_tensors
     bandwidth = gpu.memory_gb_per_s * 1e9
     projections = flops["softmax_projections"] + flops["lightning_projections"]
     matmul_rate = peak * assume.matmul_share
     return {
-        "projections": blocks * projections / matmul_rate,
+        "projections": passes.projections * projections / matmul_rate,
         "head": 3 * flops["head"] / matmul_rate,
-        "experts": blocks * flops["experts"] / (peak * assume.grouped_share),
-        "router": blocks * flops["router"] / (gpu.fp32_tflops * 1e12 * assume.fp32_share),
-        "softmax core": blocks * flops["softmax_core"] / (peak * assume.softmax_share),
+        "experts": passes.experts * flops["experts"] / (peak * assume.grouped_share),
+        "router": passes.experts * flops["router"] / (gpu.fp32_tflops * 1e12 * assume.fp32_share),
+        "softmax core": passes.softmax_core * flops["softmax_core"] / (peak * assume.softmax_share),
         "lightning core": core_bytes / (bandwidth * assume.lightning_share),
-        "memory-bound ops": _moved_bytes(config, s, full) / (bandwidth * assume.memory_share),
+        "memory-bound ops": _moved_bytes(config, s, passes) / (bandwidth * assume.memory_share),
     }
 
 
-def _moved_bytes(config: RunConfig, s: Sizes, full: bool) -> int:
+def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes) -> int:
     """Of ops that are bound by memory: each input read once, each output written once.
 
     Forward and backward numbers a token: norm 2 h + 3 h, deepnorm 3 h + 5 h, residual sum 5 h + 3
@@ -194,12 +202,14 @@ def _moved_bytes(config: RunConfig, s: Sizes, full: bool) -> int:
     permutation h + k h each way, weighted sum k h + h and h + 2 k h. A row: SwiGLU 3 f + 6 f, sum
     of gradients 3 h.
     """
-    again = 2 if full else 1
+    again = passes.attention_again
     softmax = config.model.num_softmax_layers
     lightning = config.model.num_layers - softmax
-    forward = s.T * (15 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
+    # Both norms belong to the attention half.
+    of_experts = s.T * (10 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
+    forward = again * s.T * 5 * s.h + passes.experts_again * of_experts
     backward = s.T * (17 + 3 * s.k) * s.h + 6 * s.rows * s.f // s.etp + 3 * s.rows * s.h
-    blocks = config.model.num_layers * (again * forward + backward)
+    blocks = config.model.num_layers * (forward + backward)
     blocks += lightning * s.T * s.i * (9 * again + 14)
     blocks += softmax * s.T * 2 * (s.i + s.v) * (again + 1)
     return s.e * blocks
@@ -236,8 +246,8 @@ def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> I
         else:
             size = (gathers * unit.copy_bytes + reductions * FP32) * unit.whole * others
         yield "ZeRO", size, unit.ranks, split if unit.name == "experts" else 1
-    # Forward and backward; again forward, if a block is computed again.
-    passes = 3 if config.trainer.activation_checkpointing == "full" else 2
+    times = count_passes(config)
+    passes = times.exchanges_of_rows
     lightning = model.num_layers - model.num_softmax_layers
     rows = s.rows // s.etp * s.h * s.e  # of one exchange
     layers = count * model.num_layers
@@ -247,7 +257,7 @@ def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> I
     if parallel.etp > 1:
         yield "rows over etp", layers * 2 * passes * rows * (parallel.etp - 1), parallel.etp, 1
     if parallel.cp > 1:
-        others = parallel.cp - 1
+        others, passes = parallel.cp - 1, times.exchanges_of_attention
         keys = others * s.T * 2 * s.v * (s.e * (passes - 1) + FP32)
         yield "keys and values", count * model.num_softmax_layers * keys, parallel.cp, 1
         states = others * FP32 * s.state * passes
@@ -425,6 +435,7 @@ def describe_stage(stage: StagePlan) -> dict[str, Any]:
         "global_batch_tokens": first.tokens,
         "parallel": dataclasses.asdict(config.parallel),
         "memory_gib_per_rank": {"total": round(stage.memory_gib, 3), **parts},
+        "host_gib_per_rank": round(host_bytes(config) / GIB, 3),
         "fits": stage.fits,
         "flops_per_token": step_flops(config, 1),
         "flops_by_kind_per_token": _flops_by_kind(config),

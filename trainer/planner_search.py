@@ -18,6 +18,8 @@ from fulmen.trainer.planner import (
 )
 from fulmen.trainer.stages import Stage
 
+CHUNK_TOKENS = 65_536
+"""Suggested as trainer.chunk_tokens: large enough for the products, small beside a long row."""
 Change = tuple[str, Any]
 
 
@@ -45,7 +47,9 @@ def suggest(config: RunConfig, gpus: int, usable_gib: float) -> list[Change] | N
     cps = [("parallel.cp", cp) for cp in _context_sizes(config)[1:]]
     dims: list[list[Change | None]] = [
         [None, *(("parallel.ep", ep) for ep in _divisors(config.model.num_experts))],
-        [None, ("trainer.activation_checkpointing", "full")],
+        [None, *(("trainer.activation_checkpointing", name) for name in ("selective", "full"))],
+        [None, ("trainer.chunk_tokens", CHUNK_TOKENS)],
+        [None, ("trainer.offload_checkpoints", True)],
         [None, ("parallel.zero_stage", 3)],
         [None, *(("trainer.micro_batch_tokens", n * config.data.seq_len) for n in (4, 2, 1))],
         [None, *cps],
@@ -55,15 +59,14 @@ def suggest(config: RunConfig, gpus: int, usable_gib: float) -> list[Change] | N
         "parallel.zero_stage": parallel.zero_stage,
         "parallel.cp": parallel.cp,
         "trainer.activation_checkpointing": trainer.activation_checkpointing,
+        "trainer.chunk_tokens": trainer.chunk_tokens or CHUNK_TOKENS + 1,
+        "trainer.offload_checkpoints": trainer.offload_checkpoints,
         "trainer.micro_batch_tokens": trainer.micro_batch_tokens,
     }
     choices = []
     for picked in itertools.product(*reversed(dims)):  # the first varies fastest
         changes = [change for change in reversed(picked) if change is not None]
-        grows = any(
-            not isinstance(value, str) and key != "trainer.micro_batch_tokens" and value < now[key]
-            for key, value in changes
-        )
+        grows = any(key.startswith("parallel.") and value < now[key] for key, value in changes)
         smaller = all(
             value < now[key] for key, value in changes if key == "trainer.micro_batch_tokens"
         )

@@ -1,6 +1,7 @@
 """One run from its folder to its report, stage after stage."""
 
 import gc
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from fulmen.parallel.progress import ExchangeError, phase, watched
 from fulmen.parallel.rendezvous import set_timeout
 from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig, check_run_folder
+from fulmen.trainer.host_memory import check_host, find_host_memory
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.manifest import CONFIG_FILE
 from fulmen.trainer.memory import GIB, count_model
@@ -153,6 +155,7 @@ def announce_plan(config: RunConfig, mesh: Mesh) -> None:
             line += f", {step.seconds:.3f} s a step of {batch} tokens"
         log.info("%s", line)
     check_fits(memory, device.total_memory, allowed=config.trainer.allow_misfit)
+    check_host(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), find_host_memory())
 
 
 def check_fits(memory: dict[str, int], total: int, *, allowed: bool) -> None:

@@ -18,6 +18,9 @@ from torch.nn.attention.varlen import varlen_attn
 LONG_DOCUMENT = 16384
 """Mean length from which documents are worth a cuDNN call each; README.md counts it."""
 
+TOO_LARGE = 2**31
+"""Numbers of a tensor that cuDNN does not take."""
+
 # Back end -> module, line that installs it.
 PACKAGES = {
     "flash_attn_4": ("flash_attn.cute", 'pip install "flash-attn-4[cu13]"'),
@@ -75,7 +78,8 @@ def why_not(
     head_dim: int,
     size: str = "",
 ) -> str:
-    """Why a back end cannot take such tensors, or ""; size is "large" from 2^31 numbers on."""
+    """Why a back end cannot take such tensors, or ""; size is "large" where even one key and value
+    head's share of q has 2^31 numbers."""
     if name == "sdpa":
         return ""
     problem = _import_problem(name) if name in PACKAGES else ""
@@ -95,7 +99,7 @@ def why_not(
     if name == "cudnn" and not torch.backends.cudnn.is_available():
         return "torch was built without cuDNN"
     if name == "cudnn" and size == "large":
-        return "needs fewer than 2^31 numbers a tensor"
+        return "needs fewer than 2^31 numbers for each key and value head"
     if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic"
     return ""
@@ -111,6 +115,12 @@ def _import_problem(name: str) -> str:
     except Exception as raised:  # a package built for another torch raises anything
         error = str(raised)
     return f"{module} cannot be imported ({error}); this installs it: {line}"
+
+
+def head_groups(numbers: int, kv_heads: int) -> int:
+    """Parts of equal heads in which cuDNN takes a q of so many numbers; 0 if it does not."""
+    fits = (n for n in range(1, kv_heads + 1) if not kv_heads % n and numbers // n < TOO_LARGE)
+    return next(fits, 0)
 
 
 def attend_with_sdpa(
@@ -129,6 +139,13 @@ def attend_with_sdpa(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cudnn: bool) -> Tensor:
+    if cudnn and (groups := head_groups(q.numel(), k.shape[2])) > 1:
+        # Copies: a view would still reach beyond 2^31 numbers.
+        parts = zip(*(x.chunk(groups, dim=2) for x in (q, k, v)), strict=True)
+        outputs = [
+            _sdpa(a.contiguous(), b.contiguous(), c.contiguous(), cudnn) for a, b, c in parts
+        ]
+        return torch.cat(outputs, dim=2)
     tokens, keys = q.shape[1], k.shape[1]
     options: dict[str, Any] = {"enable_gqa": q.shape[2] != k.shape[2]}
     if tokens == keys:

@@ -8,6 +8,7 @@ from fulmen.kernels.attention.back_ends import (
     attend_with_package,
     attend_with_sdpa,
     attend_with_torch_varlen,
+    head_groups,
     ranking,
     why_not,
 )
@@ -59,7 +60,7 @@ def softmax_attention(
         compiling=torch.compiler.is_compiling(),
     )
     # A constant for the compiler, which guards the comparison.
-    size = "large" if q.numel() >= 2**31 else ""
+    size = "" if head_groups(q.numel(), k.shape[2]) else "large"
     facts = (q.device.type, q.device.index, q.dtype, q.shape[3], size)
     name = choose("attention", *[(name, why_not(name, *facts)) for name in names])
     if name in ("cudnn", "sdpa"):

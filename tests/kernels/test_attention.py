@@ -420,19 +420,44 @@ def test_one_graph_on_the_gpu(back_end: str) -> None:
         check_on_gpu(leaves, lengths, attention=compiled)
 
 
+def test_cudnn_takes_large_rows_by_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = 2**20 * 16 * 128  # a million tokens of 16 heads
+    assert [back_ends.head_groups(row, n) for n in (1, 2, 3, 8)] == [0, 2, 3, 2]
+    assert back_ends.head_groups(row - 1, 2) == 1
+    leaves = make(1, 20, 20, 8, 4)
+    want = reference_attention(*leaves)
+    gradient = torch.randn_like(want)
+    theirs = torch.autograd.grad(want, leaves, gradient)
+    monkeypatch.setattr(back_ends, "TOO_LARGE", want.numel() // 3)
+    calls: list[int] = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def record(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        calls.append(q.shape[1])
+        return sdpa(q, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    got = back_ends.attend_with_sdpa(*leaves, None, cudnn=True)
+    mine = torch.autograd.grad(got, leaves, gradient)
+    assert calls == [2] * 4
+    for a, b in zip((got, *mine), (want, *theirs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.gpu
 @without_gpu
-def test_more_elements_than_32_bits_on_the_gpu(back_end: str) -> None:
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_more_elements_than_32_bits_on_the_gpu(back_end: str, kv_heads: int) -> None:
     """One document, of which the last eight queries are checked: they see every key."""
     tokens, heads, dim, last = 2**18 + 100, 64, 128, 8
     free, _ = torch.cuda.mem_get_info()
     if free < 60 * 2**30:
         pytest.skip("needs 60 GiB of free GPU memory")
-    shapes = [(1, tokens, heads, dim)] + [(1, tokens, 1, dim)] * 2
+    shapes = [(1, tokens, heads, dim)] + [(1, tokens, kv_heads, dim)] * 2
     leaves = [torch.randn(s, dtype=torch.bfloat16, device="cuda") for s in shapes]
     for x in leaves:
         x.requires_grad_()
-    if back_end == "cudnn":
+    if back_end == "cudnn" and kv_heads == 1:
         with pytest.raises(ValueError, match=r"cudnn: needs fewer than 2\^31 numbers"):
             softmax_attention(*leaves)
         return

@@ -65,6 +65,8 @@ def tiny_engine(
     compile_blocks: bool = False,
     seed: int = 0,
     moe: MoEConfig | None = None,
+    chunk_tokens: int | None = None,
+    offload_checkpoints: bool = False,
 ) -> tuple[TextModel, ZeroEngine]:
     """`tiny_model` spread over the ranks of this world."""
     with torch.device("meta"):
@@ -77,6 +79,8 @@ def tiny_engine(
         activation_checkpointing=activation_checkpointing,
         compile_blocks=compile_blocks,
         seed=seed,
+        chunk_tokens=chunk_tokens,
+        offload_checkpoints=offload_checkpoints,
     )
     return model, engine
 

@@ -47,6 +47,16 @@ def compile_with(axis: str) -> Change:
     return change
 
 
+def together(**values: object) -> Change:
+    """Several keys of the trainer."""
+
+    def change(config: RunConfig) -> None:
+        for key, value in values.items():
+            setattr(config.trainer, key, value)
+
+    return change
+
+
 def compile_and_checkpoint(config: RunConfig) -> None:
     config.trainer.compile = True
     config.trainer.activation_checkpointing = "full"
@@ -74,9 +84,22 @@ MISTAKES = [
     (put("trainer.dtype", "float16"), r"trainer\.dtype=float16: must be one of bfloat16, float32"),
     (
         put("trainer.activation_checkpointing", "some"),
-        r"trainer\.activation_checkpointing=some: must be one of none, full",
+        r"trainer\.activation_checkpointing=some: must be one of none, selective, full",
     ),
     (compile_and_checkpoint, r"trainer\.compile=true does not go with trainer\.activation_check"),
+    (
+        together(compile=True, chunk_tokens=32),
+        r"trainer\.compile=true does not go with trainer\.chunk_tokens",
+    ),
+    (
+        together(activation_checkpointing="selective", chunk_tokens=32),
+        r"trainer\.chunk_tokens does not go with .*=selective",
+    ),
+    (
+        together(activation_checkpointing="selective", offload_checkpoints=True),
+        r"trainer\.offload_checkpoints=true needs trainer\.activation_checkpointing=full",
+    ),
+    (put("trainer.chunk_tokens", 0), r"trainer\.chunk_tokens=0: must be above 0, or null"),
     (put("schedule.phases", []), r"schedule\.phases is empty"),
     (
         put("schedule.phases", [PhaseConfig(10, 1.0, "linear")]),
