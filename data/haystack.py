@@ -53,7 +53,6 @@ class Piece:
 class Exercise:
     """Facts to hide, in this order, and what is asked about them; `end` follows the answer."""
 
-    kind: str
     facts: tuple[str, ...]
     question: str
     answer: str
@@ -168,20 +167,20 @@ class _WordExercises:
     def _make(self, kind: str) -> Exercise:
         if kind == "needle":
             key, value = next(self._keys), self._value()
-            return Exercise(kind, (f"note {key} {value} . ",), f"ask {key} ", f"{value} ", ". ")
+            return Exercise((f"note {key} {value} . ",), f"ask {key} ", f"{value} ", ". ")
         if kind == "multi_value":
             key, values = next(self._keys), [self._value() for _ in range(3)]
             facts = tuple(f"add {key} {value} . " for value in values)
-            return Exercise(kind, facts, f"all {key} ", " ".join(values) + " ", ". ")
+            return Exercise(facts, f"all {key} ", " ".join(values) + " ", ". ")
         if kind == "tracking":
             keys, value = [next(self._keys) for _ in range(4)], self._value()
             copies = [f"copy {after} {key} . " for key, after in pairwise(keys)]
             facts = (f"set {keys[0]} {value} . ", *copies)
-            return Exercise(kind, facts, f"holders {value} ", " ".join(keys) + " ", ". ")
+            return Exercise(facts, f"holders {value} ", " ".join(keys) + " ", ". ")
         assert kind == "passage"
         quoted = self._rng.choice(self._fillers, 16).tolist()
         begin, rest = " ".join(quoted[:6]) + " ", " ".join(quoted[6:]) + " "
-        return Exercise(kind, (f"{begin}{rest}. ",), f"quote {begin}", rest, ". ")
+        return Exercise((f"{begin}{rest}. ",), f"quote {begin}", rest, ". ")
 
     def _value(self) -> str:
         return f"{next(self._values)} {next(self._values)}"
@@ -293,9 +292,7 @@ class _ProseExercises:
             facts = tuple(f"The special magic {key} number is: {value}.\n" for value in values)
             question = f"Question: What {'are all' if len(values) > 1 else 'is'} the special magic "
             question += f"{key} number{'s' if len(values) > 1 else ''}? Answer: The special magic "
-            return Exercise(
-                kind, facts, f"{question}{key} {several}:", f" {', '.join(values)}", ".\n"
-            )
+            return Exercise(facts, f"{question}{key} {several}:", f" {', '.join(values)}", ".\n")
         if kind == "tracking":
             names, value = [self._variable() for _ in range(5)], self._value()
             facts = (
@@ -306,7 +303,7 @@ class _ProseExercises:
                 f"Question: Find all variables that are assigned the value {value} in the text "
                 "above. Answer: They are:"
             )
-            return Exercise(kind, facts, question, f" {', '.join(names)}", ".\n")
+            return Exercise(facts, question, f" {', '.join(names)}", ".\n")
         assert kind == "passage"
         if len(self._quoted) >= min(len(self._passages), 1024):
             raise StopIteration
@@ -320,7 +317,7 @@ class _ProseExercises:
         question = f'Question: How does the passage above go on that says "{" ".join(quoted)}"? '
         question += "Answer: It goes on with:"
         answer = f" {' '.join(rest)}"
-        return Exercise(kind, (self._passages[number],), question, answer, "\n")
+        return Exercise((self._passages[number],), question, answer, "\n")
 
     def _value(self) -> str:
         while True:
