@@ -7,15 +7,16 @@
 
 Each case is a benchmarks/train_step.py in a process of its own, with the way to save memory that
 the planner finds fastest of those that fit (`plan=true` says which, on any machine), and the next
-one should memory end all the same; with `every_way=true`, with each that fits. What would take
-longer than what is left of `budget_s`, by the planner's estimate, is left out and said. `ranks`
-GPUs share a row (cp).
+leaner one should memory end all the same; with `every_way=true`, with each that fits. Should
+anything else fail, it is tried once more without cuDNN. What would take longer than what is left of
+`budget_s`, by the planner's estimate, is left out and said. `ranks` GPUs share a row (cp).
 
 The steps of a case warm up at its own length where that is cheap, else at `warmup_tokens` a rank.
 Writes FOLDER/steps.jsonl, a line a case as it is done, FOLDER/steps.md and, with matplotlib,
 FOLDER/steps.png.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -136,43 +137,67 @@ def name_of(keys: dict[str, Any]) -> str:
     words = [keys.get("activation_checkpointing") or "none"]
     words += ["chunks"] if keys.get("chunk_tokens") else []
     words += ["host"] if keys.get("offload_checkpoints") else []
+    words += [keys["attention"]] if keys.get("attention") else []
     return " + ".join(words)
 
 
+def attempts(case: dict[str, Any], options: Any, deadline: float) -> dict[str, Any]:
+    """A case's row; where another thing than memory or time fails, once more without cuDNN."""
+    left = deadline - time.monotonic()
+    estimate = START_S + case["predicted_host_gib"] + 1.3 * case["predicted_step_time_s"]
+    print(
+        f"{name_of(case['keys'])}: {case['predicted_step_time_s']:.2f} s a step, "
+        f"{case['predicted_memory_gib']:.1f} GiB predicted, {left:.0f} s left",
+        flush=True,
+    )
+    if options.plan:
+        return case | case["keys"]
+    if estimate > left:
+        return case["keys"] | {"error": f"about {estimate:.0f} s, but {left:.0f} are left"}
+    row = case["keys"] | run_case(case, options, left)
+    left = deadline - time.monotonic()
+    if "failed_in" in row and not ran_out(row) and "attention" not in options.step:
+        print(json.dumps(row), flush=True)
+        keys = case["keys"] | {"attention": "sdpa"}
+        row = keys | run_case(case | {"keys": keys}, options, left)
+    return row
+
+
+def ran_out(row: dict[str, Any]) -> bool:
+    """Whether memory was not enough."""
+    return "out of memory" in str(row.get("error"))
+
+
 def run_all(options: Any, gpu: Gpu) -> list[dict[str, Any]]:
-    """All cases, cheap ones first."""
+    """All cases, a length after the other."""
     deadline = time.monotonic() + options.budget_s
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    cases = [(kind, length) for length in options.lengths for kind in options.kinds]
-    plans = {(kind, length): plan_case(kind, length, options, gpu) for kind, length in cases}
-    for kind, length in cases:
-        row: dict[str, Any] = {"kind": kind, "length": length}
-        if not plans[kind, length]:
-            rows.append(row | {"error": "the planner finds no way that fits"})
-        for case in plans[kind, length]:
-            left = deadline - time.monotonic()
-            estimate = START_S + case["predicted_host_gib"] + 1.3 * case["predicted_step_time_s"]
-            print(
-                f"{kind}, {length} tokens, {name_of(case['keys'])}: "
-                f"{case['predicted_step_time_s']:.2f} s a step, "
-                f"{case['predicted_memory_gib']:.1f} GiB predicted, {left:.0f} s left",
-                flush=True,
-            )
-            if options.plan:
-                rows.append(row | case | case["keys"])
-            elif estimate > left:
-                rows.append(row | {"error": f"about {estimate:.0f} s, but {left:.0f} are left"})
-            else:
-                rows.append(row | run_case(case, options, left))
-                print(json.dumps(rows[-1]), flush=True)
-            with (folder / "steps.jsonl").open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            (folder / "steps.md").write_text(table(rows))
-            out_of_memory = "out of memory" in str(rows[-1].get("error"))
-            if not options.every_way and not out_of_memory:
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        with (folder / "steps.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        (folder / "steps.md").write_text(table(rows))
+
+    for length, kind in itertools.product(options.lengths, options.kinds):
+        about = {"kind": kind, "length": length}
+        plan = plan_case(kind, length, options, gpu)
+        if not plan:
+            add(about | {"error": "the planner finds no way that fits"})
+        too_much = float("inf")
+        for case in plan:
+            if case["predicted_memory_gib"] >= too_much:
+                continue
+            print(f"{kind}, {length} tokens, ", end="")
+            add(about | attempts(case, options, deadline))
+            if options.every_way:
+                continue
+            if not ran_out(rows[-1]):
                 break
+            too_much = case["predicted_memory_gib"]
     return rows
 
 

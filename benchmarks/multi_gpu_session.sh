@@ -2,8 +2,9 @@
 # What a machine with two GPUs can show of the parallelism, stage by stage: correctness first.
 #
 #     bash benchmarks/multi_gpu_session.sh [tests] [softmax] [experts] [steps] [sequence]
+#     bash benchmarks/multi_gpu_session.sh long    # the hybrid to 1M tokens by cp 2, five minutes
 #
-# Without names it runs all, about nine minutes. Results go to the folder $OUT. Prepared data lie in
+# Without names it runs all of the first line, about nine minutes. Results go to the folder $OUT. Prepared data lie in
 # data_cache/stdlib.
 export OMP_NUM_THREADS=4
 source benchmarks/session.sh
@@ -40,6 +41,7 @@ steps() {
     run long_cp2 40 "$(ranks 2) $long parallel.cp=2" 1
     run long_cp2_lasp 40 "$(ranks 2) $long parallel.cp=2 parallel.lightning_attention=lasp" 1
 }
+long() { run long_cp2 400 "python3 benchmarks/long_steps.py ranks=2 'kinds=[hybrid]' budget_s=390 output=$out/long_cp2" 12; }
 
 [ $# -gt 0 ] || set -- tests softmax experts steps sequence
 for stage in "$@"; do "$stage"; done

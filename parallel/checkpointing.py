@@ -11,7 +11,7 @@
 `trainer.chunk_tokens` lets tokens pass through all but attention's core in chunks, each computed
 again backward (models/chunks.py). With it `full` leaves the expert sublayer, which then keeps no
 more than its input, out of its second pass, and keeps the output of softmax attention, whose cost
-grows with the square of the length.
+grows with the square of the length; over cp ranks its inputs too, for there it is no torch op.
 
 `trainer.offload_checkpoints` keeps the inputs that `full` keeps in pinned host memory. They leave
 by a stream of their own while the half of a block that made them goes on, and come back while the
@@ -50,9 +50,13 @@ def checkpoint_activations(
     *,
     chunk_tokens: int | None,
     offload: bool,
+    over_ranks: bool,
     device: torch.device,
 ) -> None:
-    """Let the blocks of a model keep what `policy` says; the keys are checked in the config."""
+    """Let the blocks of a model keep what `policy` says; the keys are checked in the config.
+
+    `over_ranks` says whether ranks share rows.
+    """
     host = HostMemory(device) if offload else None
     for block in blocks:
         if chunk_tokens is not None:
@@ -66,7 +70,10 @@ def checkpoint_activations(
             _repeat(block, "forward", host)
         elif policy == "full":
             softmax = isinstance(block.self_attn, SoftmaxAttention)
-            _repeat(block, "mix_tokens", host, _is_softmax_core if softmax else None)
+            if not softmax or not over_ranks:
+                _repeat(block, "mix_tokens", host, _is_softmax_core if softmax else None)
+            elif host is not None:
+                _keep_input(block, "mix_tokens", host)
             if host is not None:
                 _keep_input(block, "mix_channels", host)
 
@@ -141,9 +148,12 @@ def _policy(
 def _is_costly(op: Any) -> bool:
     """Matrix products, and the cores of attention as far as they are torch ops.
 
-    Those over cp ranks are not, in lightning layers and rings: they are repeated.
+    What is put together of several of them outside of autograd, as over cp ranks, is not: there an
+    output may be changed in place. It is repeated.
     """
-    name = op._schema.name.split("::")[-1]
+    space, name = op._schema.name.split("::")
+    if space == "aten" and not torch.is_grad_enabled():
+        return False
     return name in _PRODUCTS or "attn" in name or "attention" in name
 
 

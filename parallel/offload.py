@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 SMALLEST_PIECE = 2**20
 
@@ -125,9 +126,11 @@ class Offloaded(Kept):
     def _send_for(self) -> None:
         if self._here is not None:
             return
-        values = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        self._copied = self._copy(values, to_host=False)
-        self._here = values.requires_grad_(self._needs_grad)
+        # A selective checkpoint looks for each op of its second pass in the first one.
+        with _disable_current_modes():
+            values = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            self._copied = self._copy(values, to_host=False)
+            self._here = values.requires_grad_(self._needs_grad)
 
     def _copy(self, values: Tensor, *, to_host: bool) -> torch.cuda.Event:
         """On the stream of copies, behind what the current stream has been given so far."""

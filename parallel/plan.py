@@ -48,6 +48,7 @@ def parallelize(
         activation_checkpointing,
         chunk_tokens=chunk_tokens,
         offload=offload_checkpoints,
+        over_ranks=mesh.cp > 1,
         device=mesh.device,
     )
     if mesh.cp > 1:

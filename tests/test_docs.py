@@ -14,6 +14,7 @@ DOCUMENTS = [
     "README.md",
     "docs/training.md",
     "docs/planner.md",
+    "docs/memory.md",
     "docs/kernels.md",
     "docs/data.md",
     "docs/huggingface.md",

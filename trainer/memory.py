@@ -36,7 +36,7 @@ with its second pass:
 |                  | its fp32 copy; experts as above                                             |
 | full             | input T h                                                                   |
 | full in chunks   | input T h, deepnorm's output T h, probabilities, weights and experts;       |
-|                  | softmax: output T i, fp32 log-sum-exp T heads                               |
+|                  | softmax: output T i, fp32 log-sum-exp T heads; with cp what the core keeps  |
 | none in chunks   | the same, and what the core keeps and puts out                              |
 
 With offload the inputs, and deepnorm's outputs, lie in host memory, but for two at a time. In
@@ -68,6 +68,7 @@ CONTEXT_BYTES = int(1.5 * GIB)
 FRAGMENTATION = 0.04
 """Of the allocator's peak, for what it holds and cannot use: our choice."""
 HEAD_CHUNK_BYTES, HEAD_SLABS, HEAD_TILE, HEAD_ROWS = 544 * 2**20, 8, 8192, 128
+HEAD_SUMMED_CHUNKS = 32
 """As in kernels/cross_entropy/triton_cross_entropy.py, which needs Triton to be imported."""
 
 
@@ -287,14 +288,16 @@ def kept_of_layer(config: RunConfig, layer: int) -> Kept:
     if chunks is not None:
         routing = s.T * (FP32 * (s.E + s.k) + INT64 * s.k)
         if policy == "full":
-            return Kept(core if softmax else 0, routing, 2 * row)
+            # Over ranks softmax attention keeps its inputs too.
+            inputs = _core_inputs(s, softmax) if s.cp > 1 else 0
+            return Kept(core + inputs if softmax else 0, routing, 2 * row)
         return Kept(row + core + _core_inputs(s, softmax), routing + row, 0)
     if policy == "full":
         return Kept(0, 0, row)
     if policy == "selective":
         before = s.i + 2 * s.v if softmax else 4 * s.i
-        repeated = s.cp > 1 and not softmax  # no torch op, which the policy could keep
-        attention = 2 * row + s.e * s.T * before + (0 if repeated else core)
+        # Over ranks the core is no torch op, which the policy could keep.
+        attention = 2 * row + s.e * s.T * before + (0 if s.cp > 1 else core)
         # The router's input, in fp32 the same tensor.
         router = router_activations(s) - (FP32 - s.e) * s.T * s.h
         return Kept(attention, router + expert_activations(s), 0)
@@ -326,14 +329,18 @@ def host_bytes(config: RunConfig) -> int:
 
 
 def head_scratch(tokens: int, hidden: int, vocab: int, e: int) -> int:
-    """Bytes of logits beside the gradients."""
+    """Bytes of logits beside the gradients, and of the sum of many visits' gradients."""
     rows = max(HEAD_CHUNK_BYTES // (vocab * e) // HEAD_ROWS * HEAD_ROWS, HEAD_ROWS)
     slab = ceil(ceil(vocab / HEAD_SLABS) / HEAD_TILE) * HEAD_TILE
     inside = min(tokens, hidden) if slab < vocab else 0
     if inside <= rows:
-        return min(tokens, rows) * vocab * e
+        inside = 0
+    visits = (inside > 0) + ceil((tokens - inside) / rows)
+    total = FP32 * vocab * hidden if visits > HEAD_SUMMED_CHUNKS else 0
+    if not inside:
+        return min(tokens, rows) * vocab * e + total
     first = inside * slab * e + FP32 * inside * hidden
-    return max(first, min(tokens - inside, rows) * vocab * e)
+    return max(first, min(tokens - inside, rows) * vocab * e) + total
 
 
 Parts = dict[str, int]

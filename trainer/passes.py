@@ -4,7 +4,7 @@ In forward passes' worth. A backward pass is two, of softmax attention's core tw
 computes the scores again. See parallel/checkpointing.py for what policies compute again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.memory import sizes_of
@@ -12,23 +12,25 @@ from fulmen.trainer.memory import sizes_of
 
 @dataclass(frozen=True)
 class Passes:
-    """Of one micro-batch."""
+    """Of one micro-batch; the defaults are those of no checkpointing at all."""
 
-    projections: int
-    experts: int
+    projections: int = 3
+    experts: int = 3
     """And the router."""
-    softmax_core: float
-    lightning_tensors: int
+    softmax_core: float = 3.5
+    lightning_tensors: int = 11
     """That the core moves, `[tokens, heads, head_dim]` each; 4 of them forward."""
-    attention_again: int
+    attention_ops: int = 1
     """Forward passes of ops bound by memory in the attention half."""
-    experts_again: int
+    expert_ops: int = 1
     """Likewise of the expert half."""
-    exchanges_of_rows: int
+    rows: int = 2
     """Times that rows go to the experts and back, backward once."""
-    exchanges_of_attention: int
-    """Times that keys, values or states travel over cp, backward once."""
-    chunks: int
+    keys: int = 2
+    """Times that keys and values travel over cp, backward once."""
+    states: int = 2
+    """Likewise of lightning layers' states."""
+    chunks: int = 1
     """Launches for one."""
 
 
@@ -36,13 +38,15 @@ def count_passes(config: RunConfig) -> Passes:
     """What the configuration's policy makes of a forward and a backward pass."""
     policy, chunk = config.trainer.activation_checkpointing, config.trainer.chunk_tokens
     if chunk is not None:
-        again = 1 if policy == "full" else 0  # of the attention half, beside its chunks
         chunks = -(-sizes_of(config).T // chunk)
-        return Passes(4 + again, 4, 3.5, 11 + 4 * again, 2 + again, 2, 3, 2 + again, chunks)
+        once = Passes(projections=4, experts=4, attention_ops=2, expert_ops=2, rows=3)
+        once = replace(once, chunks=chunks)
+        if policy == "none":
+            return once
+        return replace(once, projections=5, lightning_tensors=15, attention_ops=3, states=3)
     if policy == "full":
-        return Passes(4, 4, 4.5, 15, 2, 2, 3, 3, 1)
-    if policy == "selective":
-        # Lightning's core over cp is no torch op that could be kept.
-        tensors = 15 if config.parallel.cp > 1 else 11
-        return Passes(3, 3, 3.5, tensors, 2, 1, 2, 3, 1)
-    return Passes(3, 3, 3.5, 11, 1, 1, 2, 2, 1)
+        return Passes(4, 4, 4.5, 15, 2, 2, rows=3, keys=3, states=3)
+    if policy == "selective" and config.parallel.cp > 1:
+        # The cores are no torch ops there that could be kept.
+        return Passes(softmax_core=4.5, lightning_tensors=15, attention_ops=2, keys=3, states=3)
+    return Passes(attention_ops=2) if policy == "selective" else Passes()

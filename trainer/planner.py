@@ -202,12 +202,12 @@ def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes) -> int:
     permutation h + k h each way, weighted sum k h + h and h + 2 k h. A row: SwiGLU 3 f + 6 f, sum
     of gradients 3 h.
     """
-    again = passes.attention_again
+    again = passes.attention_ops
     softmax = config.model.num_softmax_layers
     lightning = config.model.num_layers - softmax
     # Both norms belong to the attention half.
     of_experts = s.T * (10 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
-    forward = again * s.T * 5 * s.h + passes.experts_again * of_experts
+    forward = again * s.T * 5 * s.h + passes.expert_ops * of_experts
     backward = s.T * (17 + 3 * s.k) * s.h + 6 * s.rows * s.f // s.etp + 3 * s.rows * s.h
     blocks = config.model.num_layers * (forward + backward)
     blocks += lightning * s.T * s.i * (9 * again + 14)
@@ -246,21 +246,20 @@ def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> I
         else:
             size = (gathers * unit.copy_bytes + reductions * FP32) * unit.whole * others
         yield "ZeRO", size, unit.ranks, split if unit.name == "experts" else 1
-    times = count_passes(config)
-    passes = times.exchanges_of_rows
+    passes = count_passes(config)
     lightning = model.num_layers - model.num_softmax_layers
     rows = s.rows // s.etp * s.h * s.e  # of one exchange
     layers = count * model.num_layers
     if parallel.ep > 1:
-        size = layers * 2 * passes * rows * (parallel.ep - 1) / parallel.ep
+        size = layers * 2 * passes.rows * rows * (parallel.ep - 1) / parallel.ep
         yield "rows to experts", size, parallel.ep, parallel.etp
     if parallel.etp > 1:
-        yield "rows over etp", layers * 2 * passes * rows * (parallel.etp - 1), parallel.etp, 1
+        yield "rows over etp", layers * 2 * passes.rows * rows * (parallel.etp - 1), parallel.etp, 1
     if parallel.cp > 1:
-        others, passes = parallel.cp - 1, times.exchanges_of_attention
-        keys = others * s.T * 2 * s.v * (s.e * (passes - 1) + FP32)
+        others = parallel.cp - 1
+        keys = others * s.T * 2 * s.v * (s.e * (passes.keys - 1) + FP32)
         yield "keys and values", count * model.num_softmax_layers * keys, parallel.cp, 1
-        states = others * FP32 * s.state * passes
+        states = others * FP32 * s.state * passes.states
         yield "lightning states", count * lightning * states, parallel.cp, 1
 
 

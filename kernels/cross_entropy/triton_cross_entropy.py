@@ -13,7 +13,8 @@ CHUNK_BYTES. Few visits matter: each of them reads and writes all of grad_weight
 
 Rounding. grad_weight is kept in the weight's type and rounded once a visit: for bf16 and 8192
 tokens 2.7e-3 of its norm (three visits; one rounding is 1.7e-3, 32 visits 6.0e-3; 20 visits, which
-32,768 tokens take, 5.6e-3). grad_hidden is summed over slabs in fp32 and rounded once.
+32,768 tokens take, 5.6e-3). Longer rows, of up to hundreds of visits, add it to an fp32 sum every
+SUMMED_CHUNKS visits. grad_hidden is summed over slabs in fp32 and rounded once.
 """
 
 # Kernels carry no Python types; their launchers do.
@@ -34,6 +35,8 @@ CHUNK_BYTES = 544 * 2**20
 two full waves of 128 x 256 tiles on 132 multiprocessors (1408 / 128 * 6144 / 256 = 264)."""
 ROW_MULTIPLE = 128
 """Tokens, for full tiles of the matrix products."""
+SUMMED_CHUNKS = 32
+"""Visits that are summed in the weight's type."""
 NUM_SLABS = 8
 """At most. The spare block is one slab; grad_hidden is added to once a slab."""
 TILE = 8192
@@ -189,8 +192,10 @@ def _visit(
     losses: Tensor,
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
+    *,
+    adds: bool,
 ) -> None:
-    """Losses and gradients of a chunk's tokens; the first visit writes grad_weight, later ones add.
+    """Losses and gradients of a chunk's tokens; grad_weight is written, or added to.
 
     All arguments but the chunk and the weight's are `[tokens, ...]` of the whole call.
     """
@@ -224,7 +229,7 @@ def _visit(
     for columns, block in reversed(blocks):
         if total is not None:
             _add_product(total, block, weight[columns])
-        if grad_weight is not None and chunk.start == 0:
+        if grad_weight is not None and not adds:
             torch.mm(block.t(), hidden[part], out=grad_weight[columns])
         elif grad_weight is not None:
             slab = grad_weight[columns]
@@ -266,7 +271,12 @@ def _linear_cross_entropy(
         element_size=weight.element_size(),
         need_weight=need_weight,
     )
-    for chunk in chunks:
+    total = None
+    for number, chunk in enumerate(chunks):
+        adds = number % SUMMED_CHUNKS > 0
+        if need_weight and number and not adds:
+            part = grad_weight.to(torch.float32, copy=True) if total is None else grad_weight
+            total = part if total is None else total.add_(part)
         _visit(
             chunk,
             hidden,
@@ -276,7 +286,10 @@ def _linear_cross_entropy(
             losses,
             grad_hidden if need_hidden else None,
             grad_weight if need_weight else None,
+            adds=adds,
         )
+    if total is not None:
+        grad_weight.copy_(total.add_(grad_weight))
     return losses.sum(), grad_hidden, grad_weight
 
 

@@ -101,6 +101,27 @@ def test_loss_and_gradients_as_shipped() -> None:
 
 
 @on_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_visits_are_summed_in_fp32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(monkeypatch, "grad_weight and chunks")
+    tokens = 12 + 8 * 46
+    inputs = make(dtype, tokens=tokens)
+    assert len(plan_chunks(tokens, 12, VOCAB, element_size=2, need_weight=True)) == 47
+    exact = reference(*inputs, z_loss=0.0)[2]
+    errors = []
+    for visits in (4, 64):
+        monkeypatch.setattr(on_triton, "SUMMED_CHUNKS", visits)
+        hidden, weight, labels = inputs
+        leaves = on_device(hidden, weight)
+        loss = triton_linear_cross_entropy(*leaves, labels.to(DEVICE), z_loss=0.0)
+        (got,) = torch.autograd.grad(loss, leaves[1:])
+        errors.append(float((got.cpu().double() - exact).norm() / exact.norm()))
+    assert errors[0] < (1e-5 if dtype == torch.float32 else 0.7 * errors[1])
+
+
+@on_kernels
 def test_fewer_tokens_than_hidden_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks fill a part of the weight gradient's memory; no chunk follows."""
     cut(monkeypatch, "grad_weight and chunks")

@@ -11,6 +11,7 @@ from torch import Tensor
 from fulmen.data.packing import PackedBatch
 from fulmen.models.config import MoEConfig
 from fulmen.models.text import LossOutput
+from fulmen.parallel import checkpointing
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.inputs import model_inputs
@@ -105,6 +106,20 @@ def test_ways_agree_on_one_rank(
     dtype: str, tolerance: float, drops: bool, one_rank: torch.device
 ) -> None:
     check(all_ways(one_rank, {"zero_stage": 1}, dtype, drops), drops, tolerance)
+
+
+@pytest.mark.fast
+def test_what_selective_checkpoints_keep() -> None:
+    aten = torch.ops.aten
+    flash = aten._flash_attention_forward.default
+    kept = [aten.mm.default, flash, aten._scaled_dot_product_cudnn_attention.default]
+    repeated = [aten.silu.default, aten.mul.Tensor, aten.native_layer_norm.default]
+    assert all(checkpointing._is_costly(op) for op in kept)
+    assert not any(checkpointing._is_costly(op) for op in repeated)
+    assert checkpointing._is_softmax_core(flash)
+    assert not checkpointing._is_softmax_core(aten.mm.default)
+    with torch.no_grad():  # in a ring, whose sums go on in its output
+        assert not checkpointing._is_costly(flash)
 
 
 @pytest.mark.slow

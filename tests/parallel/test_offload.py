@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import tiny_config
+from test_checkpointing import one_step
 from torch import Tensor
 
-from fulmen.parallel import offload
+from fulmen.parallel import checkpointing, offload
 from fulmen.parallel.offload import HostMemory, Offloaded, piece_sizes
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.host_memory import check_host, find_host_memory
@@ -97,6 +98,34 @@ def test_one_behind_is_not_needed_any_more(compute: Stream) -> None:
         assert [on_gpu(one) for one in kept] == [n in (number, number - 1) for n in range(3)]
     # Out of order it still comes.
     assert torch.equal(kept[2].get(), torch.ones(2))
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 12])
+def test_a_step_by_way_of_the_host(
+    chunk_tokens: int | None,
+    one_rank: torch.device,
+    compute: Stream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A whole model, also of blocks that keep the output of softmax attention beside."""
+    hosts: list[HostMemory] = []
+
+    def make(_: torch.device) -> HostMemory:
+        hosts.append(HostMemory(SimpleNamespace(type="cuda")))  # type: ignore[arg-type]
+        return hosts[-1]
+
+    monkeypatch.setattr(checkpointing, "HostMemory", make)
+    way = {"activation_checkpointing": "full", "chunk_tokens": chunk_tokens}
+    parallel = {"zero_stage": 1}
+    expected = one_step(one_rank, parallel, way, "float32", drops=True)
+    got = one_step(one_rank, parallel, way | {"offload_checkpoints": True}, "float32", drops=True)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    (host,) = hosts
+    gc.collect()
+    inputs = 3 if chunk_tokens is None else 6  # of three blocks; two micro-batches share buffers
+    assert [len(buffers) for buffers in host._free.values()] == [inputs]
+    assert not host.leaving
+    assert not host.arrived
 
 
 @pytest.mark.parametrize("mib", [0.1, 1, 3, 3072, 3072.5])

@@ -44,6 +44,7 @@ def meta_model(config: RunConfig) -> TextModel:
         config.trainer.activation_checkpointing,
         chunk_tokens=config.trainer.chunk_tokens,
         offload=False,
+        over_ranks=False,
         device=torch.device("meta"),
     )
     return model

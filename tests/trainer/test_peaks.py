@@ -1,13 +1,18 @@
 """The predicted peak of a step's activations against tensors on the meta device, by policy."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.meta import LiveBytes, forward, meta_model, use_kernels_of_a_gpu
-from support.tiny import compose_config
+from support.tiny import compose_config, tiny_config
 
+from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.loop import Trainer
 from fulmen.trainer.memory import GIB, moments, sizes_of
+from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.planner import GPUS, Assumptions, make_plan, predict_step
 from fulmen.trainer.planner_search import changed, suggest
 
@@ -49,7 +54,8 @@ def test_peaks_are_those_of_a_step(
     predicted = max(sum(moment[part] for part in parts) for moment in moments(config, 1, 1))
     s = sizes_of(config)
     # Not seen: inside of the experts' backward pass the gradients of gate and up, the inner rows,
-    # one of two gradients of the rows; softmax attention's own memory. Not predicted: gradients of weights beside each other.
+    # one of two gradients of the rows; softmax attention's own memory. Not predicted: gradients of
+    # weights beside each other.
     rows = s.rows * (config.trainer.chunk_tokens or TOKENS) // TOKENS
     inside = max(s.e * rows * (3 * s.f + s.h), (4 * s.T * s.i if way == FULL | CHUNKS else 0))
     assert live.peak - 0.4 * GIB < predicted < live.peak + inside + 0.4 * GIB
@@ -99,3 +105,26 @@ def test_work_by_policy() -> None:
     assert both["experts"] == pytest.approx(none["experts"] * 4 / 3)
     assert both["softmax core"] == chunks["softmax core"] == none["softmax core"]
     assert full["softmax core"] == pytest.approx(none["softmax core"] * 4.5 / 3.5)
+
+
+def test_a_run_is_the_same_with_every_key(
+    one_rank: torch.device, tiny_data: Path, tmp_path: Path
+) -> None:
+    def losses(name: str, way: dict[str, Any]) -> list[float]:
+        config = tiny_config(tiny_data, max_steps=3)
+        config.evaluation.every_steps = 3
+        for key, value in way.items():
+            setattr(config.trainer, key, value)
+        (tmp_path / name).mkdir()
+        trainer = Trainer(config, build_mesh(config.parallel, one_rank), tmp_path / name)
+        try:
+            trainer.fit()
+        finally:
+            trainer.close()
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        return [row[key] for row in rows for key in ("loss", "eval_loss/text") if key in row]
+
+    plain = losses("none", {})
+    assert len(plain) == 4
+    every = FULL | HOST | {"chunk_tokens": 24}
+    assert losses("every", every) == pytest.approx(plain, rel=1e-6)

@@ -175,9 +175,10 @@ def test_measured_work() -> None:
 
 def test_heads_scratch_is_that_of_the_kernel() -> None:
     pytest.importorskip("triton")
-    from fulmen.kernels.cross_entropy.triton_cross_entropy import plan_chunks
+    from fulmen.kernels.cross_entropy.triton_cross_entropy import SUMMED_CHUNKS, plan_chunks
 
     sizes = [(8192, 6144, 200064), (16384, 1536, 64000), (256, 128, 4096), (8192, 6144, 4096)]
+    sizes += [(2**20, 1536, 64000), (65536, 6144, 200064)]
     for tokens, hidden, vocab in sizes:
         chunks = plan_chunks(tokens, hidden, vocab, element_size=2, need_weight=True)
         expected = 0
@@ -185,6 +186,7 @@ def test_heads_scratch_is_that_of_the_kernel() -> None:
             rows = chunk.stop - chunk.start
             summed = 4 * rows * hidden if chunk.slab < vocab else 0
             expected = max(expected, 2 * rows * chunk.slab + summed)
+        expected += 4 * vocab * hidden if len(chunks) > SUMMED_CHUNKS else 0
         assert head_scratch(tokens, hidden, vocab, 2) == pytest.approx(expected, rel=1e-2)
 
 
