@@ -143,6 +143,7 @@ def test_the_twins_have_the_stages_of_the_full_recipe() -> None:
             assert small.config.data.seq_len <= large.config.data.seq_len
 
 
-def test_the_tiny_twin_runs_whole_on_two_processes() -> None:
+def test_the_twins_run_whole_on_the_processes_they_are_for() -> None:
     check_run(composed("text01_tiny_1m"), 2, all_here=True)
-    check_run(composed("text01_1b_1m"), 2, all_here=True)
+    for world_size in (1, 2):
+        check_run(composed("text01_1b_1m"), world_size, all_here=True)

@@ -375,3 +375,30 @@ def test_the_recipes_of_one_gpu_fit() -> None:
         config = compose_config([f"recipe={recipe}", "data.sources.corpus.path=none"])
         assert make_plan(config, 1, GPUS["h100"], Assumptions()).fits, recipe
     assert (ROOT / "recipes" / "plan.yaml").exists()
+
+
+def test_the_staged_recipe_of_one_or_two_gpus_fits() -> None:
+    paths = text01_data()
+    config = compose_config(["recipe=text01_1b_1m", *paths])
+    for gpus in (1, 2):
+        assert make_plan(config, gpus, GPUS["h200"], Assumptions()).fits
+    cps = [f"++stages.{name}.parallel.cp=2" for name in ("to_512k", "to_1m")]
+    config = compose_config(["recipe=text01_1b_1m", *paths, *cps])
+    plan = make_plan(config, 2, GPUS["h100"], Assumptions())
+    assert plan.fits
+    # A stage's own search keeps its length.
+    found = search(list_stages(config)[3], 2, GPUS["h100"], Assumptions())
+    assert found
+    assert all(one.fits and one.config.data.seq_len == 2**20 for one in found)
+
+
+def test_a_step_limit_ends_the_plan_within_a_stage() -> None:
+    config = text01("trainer.max_steps=140000")
+    plan = make_plan(config, 2048, H800, Assumptions())
+    steps = [sum(one.steps for one in stage.intervals) for stage in plan.stages]
+    assert steps[0] == pytest.approx(133_783, abs=1)
+    assert sum(steps) == pytest.approx(140_000)
+    assert [bool(stage.intervals) for stage in plan.stages] == [True, True, False, False]
+    config = text01("trainer.max_tokens=11500000000000")
+    plan = make_plan(config, 2048, H800, Assumptions())
+    assert sum(stage.tokens for stage in plan.stages) == pytest.approx(11.5e12)
