@@ -1,5 +1,6 @@
 """Runs through all stages: stopped within each, gone on with on other meshes, and what is kept."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ from support.staged import SAVE_EVERY, staged_config, write_sources
 from support.tiny import read_checkpoint
 from support.worlds import run_world
 
+from fulmen.models.text import TextModel
 from fulmen.parallel.mesh import release_groups
+from fulmen.trainer import run as run_module
 from fulmen.trainer.checkpoint import STATE_FILE
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.metrics import read_metrics
@@ -28,24 +31,35 @@ WITHOUT_TIME = ("step", "tokens", "stage", "seq_len", "loss", "aux_loss", "grad_
 Job = tuple[RunConfig, int | None]
 
 
-def run_jobs(device: torch.device, jobs: list[Job]) -> list[int]:
+def run_and_look(device: torch.device, config: RunConfig) -> list[tuple[int, int]]:
+    """Models alive and process groups after what each stage but the last gave back."""
+    give_back, seen = run_module.give_back, []
+
+    def look(device: torch.device) -> None:
+        give_back(device)
+        alive = sum(type(thing) is TextModel for thing in gc.get_objects())
+        seen.append((alive, len(dist.distributed_c10d._world.pg_map)))
+
+    run_module.give_back = look
+    run(config, device, "staged")
+    return seen
+
+
+def run_jobs(device: torch.device, jobs: list[Job]) -> None:
     """Run configurations one after the other, each to a step, as if it were killed soon after.
 
     What a job has saved at its last step is taken away, so that the next one does some of its steps
-    again. Returns how many process groups there were at the end of each job.
+    again.
     """
-    groups = []
     for config, stop in jobs:
         config.trainer.max_steps = stop
         run_dir = run(config, device, "staged")
-        groups.append(len(dist.distributed_c10d._world.pg_map))
         release_groups()
         if stop is not None and dist.get_rank() == 0:
             (run_dir / "DONE").unlink()
             if stop % SAVE_EVERY:
                 shutil.rmtree(run_dir / "checkpoints" / f"step_{stop}")
         dist.barrier()
-    return groups
 
 
 def at(root: Path, run_id: str) -> RunConfig:
@@ -59,11 +73,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the run `whole`, to which nothing happened, and `stopped`, within each stage."""
     root = tmp_path_factory.mktemp("staged")
     write_sources(root / "data")
-    one_stage = at(root, "first_stage")
-    jobs: list[Job] = [(at(root, "whole"), None)]
-    jobs += [(at(root, "stopped"), stop) for stop in (5, 11, 16, 20, None)]
-    of_one, of_all, *_ = run_world(run_jobs, 2, [(one_stage, 3), *jobs], timeout_s=240)[0]
-    assert of_all <= of_one + 1  # a mesh with one more axis, and not four meshes
+    assert run_world(run_and_look, 2, at(root, "whole")) == [[(0, 1)] * 3] * 2
+    stops = [(at(root, "stopped"), stop) for stop in (5, 11, 16, 20, None)]
+    run_world(run_jobs, 2, stops, timeout_s=240)
     return root
 
 
