@@ -12,13 +12,14 @@ TEST_WORKERS ?= 2
 # Of benchmarks/train_step.py; on a GPU: make bench BENCH=model=text01_1b
 BENCH ?= model=text01_tiny dtype=float32 micro_batch_tokens=2048 document_tokens=512 steps=20
 DATA := data_cache/stdlib
+QUESTIONS := data_cache/retrieval
 STAMP := $(VENV)/.fulmen-setup
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup data pretrain test test-gpu test-mesh test-fast check bench clean
+.PHONY: help setup data questions pretrain pretrain-stages test test-gpu test-mesh test-stages test-fast check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,12 +42,28 @@ $(DATA)/manifest.json: | $(STAMP)
 	@$(BIN)/python launch/prepare_data.py output=$(DATA) tokenizer=train vocab_size=4096 \
 		validation_fraction=0.05 input="[$$($(BIN)/python launch/stdlib_sources.py)]"
 
+questions: $(QUESTIONS)/manifest.json  ## long documents with questions, from the same text
+
+$(QUESTIONS)/manifest.json: | $(STAMP) $(DATA)/manifest.json
+	@echo "== making $(QUESTIONS)"
+	@rm -rf $(QUESTIONS)_text
+	@$(BIN)/python launch/make_retrieval.py output=$(QUESTIONS)_text tokenizer=$(DATA) tokens=300_000 \
+		lengths='[[128,511,0.3],[512,2047,0.3],[2048,4096,0.4]]'
+	@$(BIN)/python launch/prepare_data.py input=$(QUESTIONS)_text output=$(QUESTIONS) tokenizer=$(DATA) \
+		validation_fraction=0.05
+
 pretrain: $(STAMP) data  ## train a small Text-01 on real text, then let it write a few lines
 	@echo "== training runs/text01_tiny/$(RUN_ID) with $(PROCESSES) processes (about five minutes)"
 	@$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) launch/pretrain.py \
 		recipe=text01_tiny run_id=$(RUN_ID) parallel.cp=$(CP) parallel.ep=$(EP) $(ARGS)
 	@$(BIN)/python launch/generate.py run=runs/text01_tiny/$(RUN_ID)
 	@echo "== done: open runs/text01_tiny/$(RUN_ID)/report.html"
+
+pretrain-stages: $(STAMP) data questions  ## the stages of the 1M-token recipe, at lengths of 256 to 2048
+	@echo "== training runs/text01_tiny_1m/$(RUN_ID) with 2 processes (some minutes)"
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 launch/pretrain.py \
+		recipe=text01_tiny_1m run_id=$(RUN_ID) $(ARGS)
+	@echo "== done: open runs/text01_tiny_1m/$(RUN_ID)/report.html"
 
 test: $(STAMP)  ## every test
 	@echo "== running the tests"
@@ -57,6 +74,9 @@ test-gpu: $(STAMP)  ## the tests that need a GPU, on a machine that has one
 
 test-mesh: $(STAMP)  ## the whole grid of meshes against one process (many minutes)
 	@$(BIN)/python -m pytest -m mesh
+
+test-stages: $(STAMP) data questions  ## all stages, killed in each and moved to other meshes (minutes)
+	@$(BIN)/python -m pytest -m stages
 
 test-fast: $(STAMP)  ## the tier for each save
 	@$(BIN)/python -m pytest -m fast

@@ -30,7 +30,8 @@ from train_step import DEFAULTS as STEP
 from train_step import predict
 
 from fulmen.models.config import ModelConfig
-from fulmen.trainer.planner import CHUNK_TOKENS, GPUS, Gpu, find_gpu
+from fulmen.trainer.planner import GPUS, Gpu, find_gpu
+from fulmen.trainer.planner_search import CHUNK_TOKENS
 
 DEFAULTS = {
     "model": "text01_1b",

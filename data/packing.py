@@ -76,7 +76,9 @@ def pack_rows(
         return None
 
     waiting = [rest for rest in map(place, pending) if rest]
-    while rooms and len(waiting) < PENDING_LIMIT:
+    # With long documents, 64 would be many steps' tokens, drawn by shares of long ago.
+    held = sum(length for *_, length in waiting)
+    while rooms and len(waiting) < PENDING_LIMIT and held < num_rows * seq_len:
         drawn = draw()
         if drawn is None:
             break
@@ -84,6 +86,7 @@ def pack_rows(
         rest = place((source, document, 0, length))
         if rest:
             waiting.append(rest)
+            held += rest[-1]
     return rows, waiting
 
 

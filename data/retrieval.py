@@ -38,6 +38,8 @@ __all__ = [
 # Share of a document's tokens that exercises may take.
 _LARGEST_SHARE = 0.6
 _AT_THE_END = 2.0
+# Draws of a document, of which some cannot have exactly the length that is asked for.
+_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,19 @@ def make_document(
     """
     for kind in kinds:
         _check_kind(kind)
-    wanted = length - 1
+    for _ in range(_ATTEMPTS):
+        text = _try_document(kinds, language, rng, length - 1)
+        if text is not None:
+            return text
+    raise ValueError(
+        f"no text of exactly {length} tokens could be made with this tokenizer: give another one"
+    )
+
+
+def _try_document(
+    kinds: Mapping[str, float], language: Language, rng: np.random.Generator, wanted: int
+) -> str | None:
+    """One draw of exercises with a haystack around them, or None if it misses `wanted` tokens."""
     exercises = _draw_exercises(kinds, language, rng, wanted)
     events: list[tuple[float, str]] = []
     for exercise in exercises:
@@ -136,9 +150,7 @@ def make_document(
         if not surplus:
             return text
         room = max(0, room - surplus)
-    raise ValueError(
-        f"no text of exactly {length} tokens could be made with this tokenizer: give another one"
-    )
+    return None
 
 
 def _draw_exercises(

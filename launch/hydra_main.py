@@ -17,6 +17,24 @@ from fulmen.trainer.config import nearest_keys, to_dataclass
 
 RECIPES = str(Path(__file__).resolve().parent.parent / "recipes")
 Schema = TypeVar("Schema")
+_OPEN = (
+    r"data\.sources\.[^.=]+\.(path|weight)="
+    r"|stages\.[^.=]+\.(lengths|weights|late_weights|parallel|trainer)\.[^.=]+="
+)
+
+
+def open_mappings(override: str) -> str:
+    """Let an override also add what the recipe does not have, where names are the user's own.
+
+    That is `data.sources.NAME.path=...`, and a key of one of a stage's mappings, as in
+    `stages.NAME.parallel.cp=...`.
+    """
+    if override.startswith("data.sources="):
+        sys.exit(
+            "error: data.sources=...: name each source, data.sources.NAME.path=FOLDER, and take a "
+            "recipe's own out with ~data.sources.NAME"
+        )
+    return f"++{override}" if re.match(_OPEN, override) else override
 
 
 def run_hydra(
@@ -46,6 +64,7 @@ def run_hydra(
         except ValueError as error:
             sys.exit(f"error: {error}")  # Hydra would put a line of its own before ours
 
+    sys.argv[1:] = [open_mappings(word) for word in sys.argv[1:]]
     try:
         hydra.main(version_base="1.3", config_path=RECIPES, config_name=config_name)(call)()
     except (HydraException, OmegaConfBaseException) as error:

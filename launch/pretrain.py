@@ -1,19 +1,19 @@
 """Train: `torchrun --nproc-per-node 8 launch/pretrain.py recipe=text01_tiny [key=value ...]`."""
 
 import os
-import re
 import sys
 from dataclasses import asdict
 
 from hydra.core.hydra_config import HydraConfig
 
 from fulmen.launch.hydra_main import run_hydra
-from fulmen.trainer.config import RunConfig, check_config
+from fulmen.trainer.config import RunConfig
+from fulmen.trainer.stages import check_run
 
 
 def pretrain(config: RunConfig) -> None:
     """Check the configuration, join the other ranks, train."""
-    check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_run(config, int(os.environ.get("WORLD_SIZE", 1)))
     train(config, HydraConfig.get().runtime.choices["recipe"])
 
 
@@ -22,7 +22,6 @@ def train(config: RunConfig, recipe: str) -> None:
     # torch takes seconds to import; a mistake in the configuration is told before that.
     import torch.distributed as dist
 
-    from fulmen.parallel.mesh import build_mesh
     from fulmen.parallel.progress import ExchangeError
     from fulmen.parallel.rendezvous import join_world
     from fulmen.trainer.run import run
@@ -33,27 +32,15 @@ def train(config: RunConfig, recipe: str) -> None:
         meeting_s=config.parallel.rendezvous_timeout_s,
     )
     try:
-        run(config, build_mesh(config.parallel, device), recipe)
+        run(config, device, recipe)
     except ExchangeError as error:
         sys.exit(f"error: {error}")  # the traceback is in the log
     finally:
         dist.destroy_process_group()
 
 
-def open_sources(override: str) -> str:
-    """Let `data.sources.NAME.path=...` also add a source that the recipe does not have."""
-    if override.startswith("data.sources="):
-        sys.exit(
-            "error: data.sources=...: name each source, data.sources.NAME.path=FOLDER, and take a "
-            "recipe's own out with ~data.sources.NAME"
-        )
-    is_source = re.match(r"data\.sources\.[^.=]+\.(path|weight)=", override)
-    return f"++{override}" if is_source else override
-
-
 def main() -> None:
     """Entry point."""
-    sys.argv[1:] = [open_sources(word) for word in sys.argv[1:]]
     run_hydra(pretrain, "config", RunConfig)
 
 

@@ -41,7 +41,6 @@ from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block
 from fulmen.parallel.offload import HostMemory, Kept, keep_here
 
-POLICIES = ["none", "selective", "full"]
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
 

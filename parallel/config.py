@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from fulmen.models.config import ModelConfig
 
 LIGHTNING_ATTENTION = ("lasp_plus", "lasp")
+POLICIES = ["none", "selective", "full"]
+"""Of activation checkpointing: parallel/checkpointing.py."""
 
 
 @dataclass

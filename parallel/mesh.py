@@ -110,6 +110,13 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
     )
 
 
+def release_groups() -> None:
+    """Give back every group of this process but the world's; nothing may use them any more."""
+    groups = dist.distributed_c10d._world.pg_map
+    for group in [group for group in groups if group is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
+
+
 def _brief(ranks: list[int], most: int) -> str:
     shown = " ".join(str(rank) for rank in ranks[:most])
     return f"[{shown} ...]" if len(ranks) > most else f"[{shown}]"

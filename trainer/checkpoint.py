@@ -198,7 +198,11 @@ class Checkpointer:
 
     def _delete_old(self, step: int) -> None:
         # Those of later steps are broken, or they would have been resumed from: they do not count.
-        written = [path for path in self._listing() if (step_of(path) or 0) <= step]
+        written = [
+            path
+            for path in self._listing()
+            if (step_of(path) or 0) <= step and not _ends_a_stage(path)
+        ]
         for path in _newest_first(written)[self._keep :]:
             # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
             path.rename(path.with_name(f".{path.name}.deleting"))
@@ -218,6 +222,13 @@ def step_of(path: Path) -> int | None:
     """The step that a checkpoint folder's name gives, or None for another folder."""
     match = re.fullmatch(r"step_(\d+)", path.name)
     return int(match.group(1)) if match else None
+
+
+def _ends_a_stage(path: Path) -> bool:
+    """Whether it is a stage's last one, which stays whatever `keep` is."""
+    file = path / STATE_FILE
+    state = json.loads(file.read_text()) if file.exists() else {}
+    return bool(state.get("stage", {}).get("ended"))
 
 
 def _newest_first(paths: list[Path]) -> list[Path]:

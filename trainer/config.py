@@ -11,8 +11,7 @@ from omegaconf import MISSING, OmegaConf
 from fulmen.data.config import DataConfig
 from fulmen.kernels.config import KernelsConfig
 from fulmen.models.config import ModelConfig, MoEConfig, check_model
-from fulmen.parallel.checkpointing import POLICIES
-from fulmen.parallel.config import ParallelConfig, check_experts, check_parallel
+from fulmen.parallel.config import POLICIES, ParallelConfig, check_experts, check_parallel
 from fulmen.trainer.long_context.config import LongContextConfig, check_tasks
 from fulmen.trainer.metrics import LogConfig
 
@@ -125,6 +124,38 @@ class EvaluationConfig:
 
 
 @dataclass
+class StageConfig:
+    """One stage of `stages`; what is null or empty in it is as in the run's own keys."""
+
+    tokens: int | None = None
+    """Trained tokens; null = the sum of the phases of the stage's schedule."""
+    seq_len: int | None = None
+    """In place of data.seq_len."""
+    rope_theta: float | None = None
+    """In place of model.rope_theta."""
+    global_batch_tokens: int | None = None
+    """In place of data.global_batch_tokens."""
+    micro_batch_tokens: int | None = None
+    """In place of trainer.micro_batch_tokens."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """In place of schedule, if it has phases; counts steps and tokens from the stage's start."""
+    lengths: dict[str, float] = field(default_factory=dict)
+    """Share of tokens by length bucket (short, medium, long), relative; empty = as they come."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of tokens by source, relative, 0 for those left out; empty = data.sources.*.weight."""
+    transition_tokens: int = 0
+    """Tokens over which the shares go linearly from the end of the stage before to these."""
+    late_weights: dict[str, float] = field(default_factory=dict)
+    """Sources that have exactly these shares of all tokens in the end of the stage."""
+    late_from: float = 0.8
+    """Part of the stage's tokens from which on late_weights hold."""
+    parallel: dict[str, Any] = field(default_factory=dict)
+    """Keys of `parallel` that differ."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Keys of `trainer` that differ."""
+
+
+@dataclass
 class RunConfig:
     """Everything that decides a run."""
 
@@ -145,6 +176,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    """Stages by name, in their order (trainer/stages.py); none = one, of the run's own keys."""
 
 
 def to_dataclass(composed: Any, schema: type[Schema]) -> Schema:
@@ -313,6 +346,10 @@ def check_run_folder(folder: Path) -> None:
 
 def nearest_keys(unknown: str, schema: type) -> list[str]:
     """Keys of `schema` that look like `unknown`, best first."""
+    if unknown.startswith("stages.") and unknown.count(".") > 1:
+        # A stage's name is the user's own.
+        stage, key = unknown.split(".", 2)[1:]
+        return [f"stages.{stage}.{near}" for near in nearest_keys(key, StageConfig)]
     return difflib.get_close_matches(unknown, _all_keys(schema), n=3, cutoff=0.6)
 
 
@@ -321,6 +358,8 @@ def _all_keys(schema: type, prefix: str = "") -> list[str]:
     hints = get_type_hints(schema)
     for item in fields(schema):  # type: ignore[arg-type]
         keys.append(prefix + item.name)
+        if hints[item.name] == dict[str, StageConfig]:
+            continue
         for kind in (hints[item.name], *get_args(hints[item.name])):
             if isinstance(kind, type) and is_dataclass(kind):
                 keys.extend(_all_keys(kind, f"{prefix}{item.name}."))

@@ -112,6 +112,10 @@ def _scores_text(scores: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {accuracy:.0%}" for name, accuracy in scores.items())
 
 
+def _stage(row: Row) -> str:
+    return f"  {row['stage']}" if row.get("stage") else ""
+
+
 def _losses_text(losses: Mapping[str, float]) -> str:
     return "  ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
 
@@ -128,7 +132,7 @@ class PlainConsole:
         assert isinstance(tokens, int)
         left = self._text.seconds_left(self._text.fraction(step, tokens))
         self._say(
-            f"step {self._text.step(step)}  tokens {self._text.tokens(tokens)}"
+            f"step {self._text.step(step)}{_stage(row)}  tokens {self._text.tokens(tokens)}"
             f"  loss {_number(row, 'loss', '.3f')}  grad {_number(row, 'grad_norm', '.2f')}"
             f"  lr {_number(row, 'lr', '.1e')}  {short_number(row.get('tokens_per_s'))} tok/s"
             f"  mfu {_number(row, 'mfu', '.1%')}  eta {clock(left)}"
@@ -182,7 +186,7 @@ class LiveConsole:
         )
         self._progress.update(
             self._task,
-            description=f"step {self._text.step(step).strip()}",
+            description=f"step {self._text.step(step).strip()}{_stage(row)}",
             total=None if fraction is None else 1.0,
             completed=fraction or 0.0,
             numbers=numbers,

@@ -9,7 +9,6 @@ import torch
 from omegaconf import OmegaConf
 
 from fulmen.data.loader import PackedLoader, StepBatch
-from fulmen.data.mixture import Shares
 from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit
 from fulmen.models.text import (
@@ -29,20 +28,31 @@ from fulmen.trainer.flops import Throughput, device_peak
 from fulmen.trainer.inputs import model_inputs
 from fulmen.trainer.long_context.in_loop import LongContext
 from fulmen.trainer.manifest import CheckpointError
-from fulmen.trainer.metrics import MetricsLogger, NullMetrics
+from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
 from fulmen.trainer.optim import Optimizer
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
-from fulmen.trainer.schedule import batch_tokens, learning_rate, total_tokens
+from fulmen.trainer.stages import list_shares, run_tokens, shares_at
+from fulmen.trainer.start import Start, find_start
 from fulmen.trainer.step_stats import StepStats
 from fulmen.trainer.weights import changed_keys, check_same_model
 
 
 class Trainer:
-    """One run on one rank: model, data, optimiser and bookkeeping."""
+    """One stage of a run on one rank: model, data, optimiser and bookkeeping.
 
-    def __init__(self, config: RunConfig, mesh: Mesh, run_dir: Path) -> None:
-        self.config = config
+    `config` is the run's; `start`, where it goes on, is looked for if it is not given, and `mesh`
+    has to be that of its stage.
+    """
+
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, run_dir: Path, *, start: Start | None = None
+    ) -> None:
+        self.run_config = config
+        self.checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
+        self.start = start or find_start(config, self.checkpointer)
+        self.stage = self.start.stage
+        self.config = config = self.stage.config
         self.mesh = mesh
         self.run_dir = run_dir
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.trainer.dtype]
@@ -66,7 +76,6 @@ class Trainer:
             if mesh.rank == 0:
                 log.info(line)
         self.optimizer = Optimizer(self.engine, config.optim)
-        self.checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
         self.loader = self._open_loader(self._resume())
         self.held_out = self._open_held_out()
         self.long_context = LongContext.open(config, self.model, mesh)
@@ -78,7 +87,7 @@ class Trainer:
         )
 
     def fit(self) -> None:
-        """Train to the end of the schedule, evaluating, logging and saving on the way."""
+        """Train to the end of the stage, evaluating, logging and saving on the way."""
         config = self.config
         if self.finished:
             log.info("nothing to do: %d steps, %d tokens are trained", self.step, self.tokens)
@@ -87,7 +96,7 @@ class Trainer:
         with self._open_metrics() as metrics:
             (self.run_dir / DONE).unlink(missing_ok=True)  # of a run that now goes on for longer
             self._throughput.restart()
-            while not self.finished:
+            while not self.stage_finished:
                 phase("data", self.step)
                 self.checkpointer.raise_failure()
                 started = time.perf_counter()
@@ -105,21 +114,23 @@ class Trainer:
                         "data_wait_s": data_wait_s,
                     }
                     metrics.log_step(row)
-                if self.held_out and (self._is_due(config.evaluation.every_steps) or self.finished):
+                ends = self.stage_finished
+                if self.held_out and (self._is_due(config.evaluation.every_steps) or ends):
                     phase("evaluation")
                     metrics.log_eval(self.step, self.tokens, self._evaluate())
                     self._throughput.restart()
-                if self.long_context and (self._is_due(self.long_context.every) or self.finished):
+                if self.long_context and (self._is_due(self.long_context.every) or ends):
                     phase("long texts")
                     metrics.log_scores(self.step, self.tokens, self.long_context.scores())
                     self._throughput.restart()
-                if self._is_due(config.checkpoint.every_steps) or self.finished:
+                if self._is_due(config.checkpoint.every_steps) or ends:
                     phase("checkpoint")
                     self.save(batch.state, grad_norm)
                     self._throughput.restart()
             phase("last checkpoint")
             self.checkpointer.wait()
-        self._mark_done()
+        if self.finished:
+            self._mark_done()
 
     def train_step(self, batch: StepBatch) -> tuple[StepStats, torch.Tensor, float]:
         """One optimiser step; returns device-side statistics, gradient norm and learning rate."""
@@ -139,17 +150,24 @@ class Trainer:
         phase("gradient norm")
         grad_norm = self.engine.clip_grad_norm(config.optim.grad_clip)
         phase("optimiser")
-        lr = learning_rate(config.optim.lr, config.schedule, step=self.step, tokens=self.tokens)
+        lr = self.stage.learning_rate(
+            step=self.step, tokens=self.tokens, first_step=self.start.first_step
+        )
         self.optimizer.step(lr)
         return stats, grad_norm, lr
 
     @property
     def finished(self) -> bool:
-        """Whether the step or token limit is reached."""
+        """Whether the run's step or token limit is reached."""
         max_steps = self.config.trainer.max_steps
-        return self.tokens >= total_tokens(self.config) or (
+        return self.tokens >= run_tokens(self.run_config) or (
             max_steps is not None and self.step >= max_steps
         )
+
+    @property
+    def stage_finished(self) -> bool:
+        """Whether the stage's tokens are trained, or the run is at its end."""
+        return self.finished or self.tokens >= self.stage.end
 
     def save(self, loader_state: dict[str, Any], grad_norm: torch.Tensor) -> None:
         """Start writing a checkpoint of this step; refuses a broken state."""
@@ -159,6 +177,11 @@ class Trainer:
             "tokens": self.tokens,
             "optimizer_steps": self.optimizer.steps,
             "loader": loader_state,
+            "stage": {
+                "name": self.stage.name,
+                "first_step": self.start.first_step,
+                "ended": bool(self.stage.name) and self.tokens >= self.stage.end,
+            },
         }
         config = OmegaConf.to_yaml(OmegaConf.structured(self.config))
         self.checkpointer.save(self.step, self._tensors(), state, config)
@@ -188,13 +211,13 @@ class Trainer:
         return tensors
 
     def _resume(self) -> dict[str, Any] | None:
-        """Load the checkpoint that `checkpoint.resume` asks for; returns the loader's state."""
-        path = self._checkpoint_to_resume()
+        """Load the checkpoint to start from; returns the loader's state."""
+        path = self.start.checkpoint
         if path is None:
             return None
         phase("resume")
-        check_same_model(path, self.config.model)
-        for change in changed_keys(path, self.config):
+        check_same_model(path, self.start.origin.model)
+        for change in changed_keys(path, self.start.origin):
             log.warning("differs from %s: %s", path.name, change)
         tensors = self._tensors()
         state, absent = self.checkpointer.load(path, tensors)
@@ -210,38 +233,16 @@ class Trainer:
         log.info("resumed at step %d, %d tokens, from %s", self.step, self.tokens, path)
         return state["loader"]
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        resume, own = self.config.checkpoint.resume, self.checkpointer.find_newest()
-        if resume == "auto":
-            return own
-        if resume == "never":
-            if own is not None:
-                raise ValueError(
-                    f"checkpoint.resume=never, but this run already has {own}: choose another "
-                    "run_id, so that nothing is overwritten"
-                )
-            return None
-        if own is not None:
-            # A requeued job repeats its command line; it must not fall back to where it began.
-            log.info(
-                "checkpoint.resume=%s is where this run began; it goes on from %s", resume, own
-            )
-            return own
-        path = Path(resume)
-        fault = self.checkpointer.find_fault(path)
-        if fault is not None:
-            raise CheckpointError(f"checkpoint.resume={resume}: {fault}")
-        return path
-
     def _open_loader(self, state: dict[str, Any] | None) -> PackedLoader:
         config = self.config
-        weights = {name: source.weight for name, source in config.data.sources.items()}
-        return PackedLoader(
+        # Not `self`: the loader's thread would keep the trainer, and so the loader, alive.
+        run_config, stage = self.run_config, self.stage
+        loader = PackedLoader(
             config.data.sources,
             seq_len=config.data.seq_len,
             micro_batch_tokens=config.trainer.micro_batch_tokens,
-            batch_tokens=lambda tokens: batch_tokens(config, tokens),
-            shares=lambda tokens: Shares(weights, None),
+            batch_tokens=stage.batch_tokens,
+            shares=lambda tokens: shares_at(run_config, stage.inside(tokens)),
             length_bounds=config.data.length_bounds,
             seed=config.seed,
             vocab_size=config.model.vocab_size,
@@ -250,6 +251,12 @@ class Trainer:
             prefetch_steps=config.data.prefetch_steps,
             state=state,
         )
+        for name, shares in list_shares(run_config):
+            try:
+                loader.check_shares(shares)
+            except ValueError as error:
+                raise ValueError(f"stages.{name}: {error}") from None
+        return loader
 
     def _open_held_out(self) -> dict[str, PreparedSplit]:
         if self.config.evaluation.every_steps is None:
@@ -270,7 +277,7 @@ class Trainer:
     def _open_metrics(self) -> MetricsLogger | NullMetrics:
         if self.mesh.rank != 0:
             return NullMetrics()
-        run_config = OmegaConf.to_container(OmegaConf.structured(self.config))
+        run_config = OmegaConf.to_container(OmegaConf.structured(self.run_config))
         assert isinstance(run_config, dict)
         update_summary(
             self.run_dir,
@@ -285,7 +292,7 @@ class Trainer:
             run_name=f"{self.run_dir.parent.name}-{self.run_dir.name}",
             run_config={str(key): value for key, value in run_config.items()},
             resume_step=self.step,
-            total_tokens=total_tokens(self.config),
+            total_tokens=run_tokens(self.run_config),
             total_steps=self.config.trainer.max_steps,
         )
 
@@ -300,9 +307,12 @@ class Trainer:
         phase("statistics")
         self._check_finite(grad_norm)
         reduced = stats.reduce()  # waits for the device, so the time read below is that of the work
+        stage = {"stage": self.stage.name} if self.stage.name else {}
         return {
             "step": self.step,
             "tokens": self.tokens,
+            **stage,
+            "seq_len": self.config.data.seq_len,
             "loss": reduced.loss_sum / batch.num_labels,
             "aux_loss": reduced.aux_loss_sum / self._num_aux_losses(batch),
             "grad_norm": grad_norm.item(),
@@ -311,6 +321,11 @@ class Trainer:
             "memory_gib": self._memory_gib(),
             "batch_digest": batch.digest,
             **self._throughput.read(drop_rate=reduced.drop_rate),
+            **{
+                f"{ACCOUNT_PREFIX}{source}/{bucket}": tokens
+                for source, buckets in batch.state["account"].items()
+                for bucket, tokens in buckets.items()
+            },
         }
 
     def _check_finite(self, grad_norm: torch.Tensor) -> None:

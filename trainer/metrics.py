@@ -22,6 +22,7 @@ from fulmen.trainer.console import Row, Value, console_sink
 
 WANDB_CHOICES = ("online", "offline", "off")
 EVAL_PREFIX = "eval_loss/"
+ACCOUNT_PREFIX = "tokens/"
 
 logger = logging.getLogger(__name__)
 

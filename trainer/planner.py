@@ -6,14 +6,14 @@ over rates, which are assumptions (`Assumptions`), measured for one chip and sca
 docs/planner.md holds them against measured steps.
 """
 
-import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fulmen.trainer.config import RunConfig, check_config
+from fulmen.trainer.config import RunConfig
 from fulmen.trainer.flops import forward_flops, training_flops
 from fulmen.trainer.memory import (
     FP32,
@@ -29,13 +29,12 @@ from fulmen.trainer.memory import (
     sizes_of,
 )
 from fulmen.trainer.passes import Passes, count_passes
-from fulmen.trainer.schedule import batch_tokens, total_tokens
+from fulmen.trainer.schedule import batch_sizes, batch_tokens
+from fulmen.trainer.stages import Stage, list_stages, run_tokens
 
 NODE = 8
 """GPUs joined by NVLink."""
 SECONDS_PER_DAY = 86_400
-CHUNK_TOKENS = 65_536
-"""Suggested as trainer.chunk_tokens: large enough for the products, small beside a long row."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,6 @@ def micro_batches(config: RunConfig, gpus: int, batch: int) -> int:
     """Of one rank in a step."""
     dp = gpus // config.parallel.cp
     return batch // (config.trainer.micro_batch_tokens * dp)
-
-
-def batch_sizes(config: RunConfig) -> list[int]:
-    """Tokens of a step, over the ramp."""
-    ramp = [step.global_batch_tokens for step in config.schedule.batch_ramp]
-    return [config.data.global_batch_tokens, *ramp]
 
 
 def step_flops(config: RunConfig, batch: int) -> float:
@@ -298,34 +291,41 @@ class Interval:
     step: Step
 
 
-def predict_schedule(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions) -> list[Interval]:
-    """The recipe's schedule, an entry for each batch size that it comes to."""
-    end = total_tokens(config)
+def predict_schedule(
+    config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, *, tokens: int, steps: float
+) -> list[Interval]:
+    """A stage's schedule, an entry for each batch size that it comes to.
+
+    It ends after `tokens` or `steps`, whichever comes first.
+    """
     starts = [0, *(ramp.from_tokens for ramp in config.schedule.batch_ramp)]
-    starts = [start for start in starts if start < end]
-    steps_left: float = config.trainer.max_steps or float("inf")
+    starts = [start for start in starts if start < tokens]
     intervals: list[Interval] = []
-    for start, stop in itertools.pairwise([*starts, end]):
-        if steps_left <= 0:
+    for start, stop in itertools.pairwise([*starts, tokens]):
+        if steps <= 0:
             break
         batch = batch_tokens(config, start)
-        steps = min((stop - start) / batch, steps_left)
-        steps_left -= steps
+        count = min((stop - start) / batch, steps)
+        steps -= count
         step = predict_step(config, gpus, gpu, assume, batch)
-        intervals.append(Interval(start, steps * batch, steps, step))
+        intervals.append(Interval(start, count * batch, count, step))
     return intervals
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that is said about a run on a number of GPUs of one kind."""
+class StagePlan:
+    """All that is said about a stage on a number of GPUs of one kind."""
 
+    name: str
     config: RunConfig
+    """Of the stage."""
     gpus: int
     usable_gib: float
     memory: dict[str, int]
     """Bytes by part, with the margin."""
+    first: Step
     intervals: list[Interval]
+    """Empty if the run ends before the stage."""
 
     @property
     def memory_gib(self) -> float:
@@ -339,13 +339,30 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of the whole schedule."""
+        """Of the stage's schedule."""
         return sum(interval.steps * interval.step.seconds for interval in self.intervals)
 
     @property
     def tokens(self) -> float:
-        """Of the whole schedule."""
+        """Of the stage's schedule."""
         return sum(interval.tokens for interval in self.intervals)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is said about a run."""
+
+    stages: list[StagePlan]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU's memory is enough for each stage."""
+        return all(stage.fits for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum(stage.seconds for stage in self.stages)
 
 
 def predict_memory(config: RunConfig, gpus: int) -> dict[str, int]:
@@ -354,49 +371,71 @@ def predict_memory(config: RunConfig, gpus: int) -> dict[str, int]:
     return add_margin(find_peak(config, gpus, most))
 
 
-def make_plan(
-    config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, usable_gib: float | None = None
-) -> Plan:
-    """The plan of a checked configuration."""
-    memory = predict_memory(config, gpus)
-    usable = gpu.usable_gib if usable_gib is None else usable_gib
-    return Plan(config, gpus, usable, memory, predict_schedule(config, gpus, gpu, assume))
+def plan_stage(
+    stage: Stage, gpus: int, gpu: Gpu, assume: Assumptions, *, tokens: int, steps: float
+) -> StagePlan:
+    """The plan of a stage of at most so many tokens and steps."""
+    config = stage.config
+    return StagePlan(
+        stage.name,
+        config,
+        gpus,
+        gpu.usable_gib,
+        predict_memory(config, gpus),
+        predict_step(config, gpus, gpu, assume, config.data.global_batch_tokens),
+        predict_schedule(config, gpus, gpu, assume, tokens=tokens, steps=steps),
+    )
+
+
+def make_plan(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions) -> Plan:
+    """The plan of a checked configuration, stage after stage."""
+    end = run_tokens(config)
+    steps: float = config.trainer.max_steps or math.inf
+    stages = []
+    for stage in list_stages(config):
+        tokens = min(stage.end, end) - stage.start
+        stages.append(plan_stage(stage, gpus, gpu, assume, tokens=tokens, steps=steps))
+        steps -= sum(interval.steps for interval in stages[-1].intervals)
+    return Plan(stages)
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON; a step's figures are those of the first batch size."""
-    config, gpus = plan.config, plan.gpus
-    units = list_units(config, gpus)
-    count = count_model(config.model)
-    first = plan.intervals[0].step
-    parts = {name: round(size / GIB, 3) for name, size in plan.memory.items()}
-    days = plan.seconds / SECONDS_PER_DAY
-    schedule = [
-        {
-            "from_tokens": interval.from_tokens,
-            "global_batch_tokens": interval.step.tokens,
-            "micro_batches": interval.step.micro_batches,
-            "steps": round(interval.steps),
-            "step_time_s": interval.step.seconds,
-            "mfu": interval.step.mfu,
-            "tokens_per_day": interval.step.tokens / interval.step.seconds * SECONDS_PER_DAY,
-            "days": interval.steps * interval.step.seconds / SECONDS_PER_DAY,
-        }
-        for interval in plan.intervals
-    ]
+    """The plan as JSON; a step's figures beside `stages` are those of the first stage."""
+    stages = [describe_stage(stage) for stage in plan.stages]
+    first, gpus = plan.stages[0], plan.stages[0].gpus
+    units = list_units(first.config, gpus)
+    count = count_model(first.config.model)
     return {
         "gpus": gpus,
-        "parallel": dataclasses.asdict(config.parallel),
         "total_params": count.total,
         "active_params": count.active,
         "params_per_rank": {
             "dense": sum(unit.shard for unit in units if unit.name != "experts"),
             "experts": sum(unit.shard for unit in units if unit.name == "experts"),
         },
-        "memory_gib_per_rank": {"total": round(plan.memory_gib, 3), **parts},
-        "host_gib_per_rank": round(host_bytes(config) / GIB, 3),
-        "usable_gib": plan.usable_gib,
+        "usable_gib": first.usable_gib,
+        **{key: value for key, value in stages[0].items() if key not in ("name", "batches")},
         "fits": plan.fits,
+        "tokens": sum(stage.tokens for stage in plan.stages),
+        "days": plan.seconds / SECONDS_PER_DAY,
+        "gpu_hours": gpus * plan.seconds / 3600,
+        "stages": stages,
+    }
+
+
+def describe_stage(stage: StagePlan) -> dict[str, Any]:
+    """A stage as JSON; a step's figures are those of its first batch size."""
+    config, first = stage.config, stage.first
+    parts = {name: round(size / GIB, 3) for name, size in stage.memory.items()}
+    return {
+        "name": stage.name or "schedule",
+        "seq_len": config.data.seq_len,
+        "rope_theta": config.model.rope_theta,
+        "global_batch_tokens": first.tokens,
+        "parallel": dataclasses.asdict(config.parallel),
+        "memory_gib_per_rank": {"total": round(stage.memory_gib, 3), **parts},
+        "host_gib_per_rank": round(host_bytes(config) / GIB, 3),
+        "fits": stage.fits,
         "flops_per_token": step_flops(config, 1),
         "flops_by_kind_per_token": _flops_by_kind(config),
         "step_time_s": first.seconds,
@@ -406,17 +445,21 @@ def describe(plan: Plan) -> dict[str, Any]:
         "step_host_s": first.host_s,
         "mfu": first.mfu,
         "tokens_per_day": first.tokens / first.seconds * SECONDS_PER_DAY,
-        "days": days,
-        "gpu_hours": gpus * plan.seconds / 3600,
-        "stages": [
+        "tokens": stage.tokens,
+        "days": stage.seconds / SECONDS_PER_DAY,
+        "gpu_hours": stage.gpus * stage.seconds / 3600,
+        "batches": [
             {
-                "name": "schedule",
-                "seq_len": config.data.seq_len,
-                "tokens": plan.tokens,
-                "days": days,
-                "gpu_hours": gpus * plan.seconds / 3600,
-                "batches": schedule,
+                "from_tokens": interval.from_tokens,
+                "global_batch_tokens": interval.step.tokens,
+                "micro_batches": interval.step.micro_batches,
+                "steps": round(interval.steps),
+                "step_time_s": interval.step.seconds,
+                "mfu": interval.step.mfu,
+                "tokens_per_day": interval.step.tokens / interval.step.seconds * SECONDS_PER_DAY,
+                "days": interval.steps * interval.step.seconds / SECONDS_PER_DAY,
             }
+            for interval in stage.intervals
         ],
     }
 
@@ -431,90 +474,3 @@ def _flops_by_kind(config: RunConfig) -> dict[str, float]:
         num_assignments=model.num_experts_per_token * model.num_layers,
     )
     return {kind: 3 * flops for kind, flops in parts.items()}
-
-
-Change = tuple[str, Any]
-
-
-def changed(config: RunConfig, changes: list[Change]) -> RunConfig:
-    """A copy with these `group.key` values."""
-    new = copy.deepcopy(config)
-    for key, value in changes:
-        group, name = key.split(".")
-        setattr(getattr(new, group), name, value)
-    return new
-
-
-def _is_valid(config: RunConfig, gpus: int) -> bool:
-    try:
-        check_config(config, gpus)
-        list_units(config, gpus)
-    except ValueError:
-        return False
-    return True
-
-
-def suggest(config: RunConfig, gpus: int, usable_gib: float) -> list[Change] | None:
-    """The fewest changes, and of those the first in this order, with which the run fits."""
-    parallel, trainer = config.parallel, config.trainer
-    dims: list[list[Change | None]] = [
-        [None, *(("parallel.ep", ep) for ep in _divisors(config.model.num_experts))],
-        [None, *(("trainer.activation_checkpointing", name) for name in ("selective", "full"))],
-        [None, ("trainer.chunk_tokens", CHUNK_TOKENS)],
-        [None, ("trainer.offload_checkpoints", True)],
-        [None, ("parallel.zero_stage", 3)],
-        [None, *(("trainer.micro_batch_tokens", n * config.data.seq_len) for n in (4, 2, 1))],
-        [None, ("parallel.cp", 2), ("parallel.cp", 4), ("parallel.cp", 8)],
-    ]
-    now = {
-        "parallel.ep": parallel.ep,
-        "parallel.zero_stage": parallel.zero_stage,
-        "parallel.cp": parallel.cp,
-        "trainer.activation_checkpointing": trainer.activation_checkpointing,
-        "trainer.chunk_tokens": trainer.chunk_tokens or CHUNK_TOKENS + 1,
-        "trainer.offload_checkpoints": trainer.offload_checkpoints,
-        "trainer.micro_batch_tokens": trainer.micro_batch_tokens,
-    }
-    choices = []
-    for picked in itertools.product(*reversed(dims)):  # the first varies fastest
-        changes = [change for change in reversed(picked) if change is not None]
-        grows = any(key.startswith("parallel.") and value < now[key] for key, value in changes)
-        smaller = all(
-            value < now[key] for key, value in changes if key == "trainer.micro_batch_tokens"
-        )
-        if smaller and not grows and all(now[key] != value for key, value in changes):
-            choices.append(changes)
-    for changes in sorted(choices, key=len):
-        candidate = changed(config, changes)
-        if not _is_valid(candidate, gpus):
-            continue
-        if sum(predict_memory(candidate, gpus).values()) / GIB <= usable_gib:
-            return changes
-    return None
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def search(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions) -> list[Plan]:
-    """The five fastest plans that fit, over meshes and ZeRO stages of this many GPUs, by their
-    first steps."""
-    found: list[tuple[float, float, RunConfig]] = []
-    for cp, ep, etp, dense, experts in itertools.product(
-        (1, 2, 4, 8), _divisors(config.model.num_experts), (1, 2, 4, 8), (1, 2, 3), (1, 2, 3)
-    ):
-        changes: list[Change] = [("parallel.cp", cp), ("parallel.ep", ep), ("parallel.etp", etp)]
-        changes += [("parallel.zero_stage", dense), ("parallel.expert_zero_stage", experts)]
-        candidate = changed(config, changes)
-        if not _is_valid(candidate, gpus):
-            continue
-        if sum(predict_memory(candidate, gpus).values()) / GIB > gpu.usable_gib:
-            continue
-        batch = config.data.global_batch_tokens
-        step = predict_step(candidate, gpus, gpu, assume, batch)
-        # Where the host is the limit, those with least else to wait for come first.
-        rest = sum(step.work_s.values()) + sum(step.exchange_s.values())
-        found.append((step.seconds, rest, candidate))
-    fastest = sorted(found, key=lambda one: one[:2])[:5]
-    return [make_plan(candidate, gpus, gpu, assume) for *_, candidate in fastest]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulmen.trainer.console import clock, short_number
-from fulmen.trainer.metrics import EVAL_PREFIX, read_metrics
+from fulmen.trainer.metrics import ACCOUNT_PREFIX, EVAL_PREFIX, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,6 +118,8 @@ def write_report(run_dir: Path) -> Path:
             _table(head_facts(rows, summary)),
             "<h2>Curves</h2>",
             _curves(rows, summary.get("unigram_loss")),
+            *_stages(rows),
+            *_account(rows),
             *_samples(samples),
             *_config(config),
             "</body></html>",
@@ -221,6 +223,40 @@ def _table(facts: dict[str, str]) -> str:
     return "<table>" + "".join(lines) + "</table>"
 
 
+def stage_starts(rows: Rows) -> dict[str, dict[str, Any]]:
+    """The first row of each stage that the run has been in, by its name."""
+    firsts: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if isinstance(row.get("stage"), str):
+            firsts.setdefault(row["stage"], row)
+    return firsts
+
+
+def _stages(rows: Rows) -> list[str]:
+    starts = stage_starts(rows)
+    facts = {
+        name: f"from step {row['step']:,}, {short_number(row['tokens'])} tokens, in rows of "
+        f"{row['seq_len']:,}"
+        for name, row in starts.items()
+    }
+    return ["<h2>Stages</h2>", _table(facts)] if facts else []
+
+
+def _account(rows: Rows) -> list[str]:
+    """Tokens of the run by source and length bucket, from the last row that has them."""
+    last = next((row for row in reversed(rows) if any(map(_counts, row))), {})
+    facts = {
+        key.removeprefix(ACCOUNT_PREFIX).replace("/", ", "): f"{value:,}"
+        for key, value in last.items()
+        if _counts(key)
+    }
+    return ["<h2>Tokens by source and length</h2>", _table(facts)] if facts else []
+
+
+def _counts(key: str) -> bool:
+    return key.startswith(ACCOUNT_PREFIX)
+
+
 def _samples(samples: list[Any]) -> list[str]:
     if not samples:
         return []
@@ -272,6 +308,15 @@ def _draw_loss(axes: "Axes", rows: Rows, unigram_loss: float | None) -> None:
     if unigram_loss is not None:
         name = f"unigram model: {unigram_loss:.2f}"
         axes.axhline(unigram_loss, color=INK, linestyle="--", linewidth=1, label=name)
+    for name, row in list(stage_starts(rows).items())[1:]:
+        axes.axvline(row["tokens"], color=INK, linestyle=":", linewidth=1)
+        axes.annotate(
+            name,
+            (row["tokens"], 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -10),
+            textcoords="offset points",
+        )
     axes.set_ylabel("cross entropy, nats per label")
     axes.legend(frameon=False)
 

@@ -1,19 +1,22 @@
-"""One run from its folder to its report."""
+"""One run from its folder to its report, stage after stage."""
 
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from fulmen.data.config import SourceConfig
 from fulmen.data.shards import read_manifest
 from fulmen.kernels import registry
-from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.mesh import Mesh, build_mesh, release_groups
 from fulmen.parallel.progress import ExchangeError, phase, watched
 from fulmen.parallel.rendezvous import set_timeout
+from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig, check_run_folder
 from fulmen.trainer.host_memory import check_host, find_host_memory
 from fulmen.trainer.loop import Trainer
@@ -23,29 +26,40 @@ from fulmen.trainer.planner import Assumptions, find_gpu, predict_memory, predic
 from fulmen.trainer.report import write_report
 from fulmen.trainer.run_folder import agree_on_folder, update_summary
 from fulmen.trainer.run_log import log, start_logging
+from fulmen.trainer.stages import Stage, fault_of, list_stages
+from fulmen.trainer.start import find_start
 from fulmen.trainer.unigram import unigram_loss
 
 
-def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
-    """Train to the end of the schedule, or go on with a run that stopped; returns its folder."""
+def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
+    """Train to the end of the run, or of the last stage that these processes can run.
+
+    Begins a run or goes on with one that stopped; the processes have joined a world. Returns its
+    folder.
+    """
     check_tokenizers(config.data.sources)
     registry.configure(asdict(config.kernels))
     run_dir = agree_on_folder(config, recipe)
     check_run_folder(run_dir)
-    start_logging(run_dir, mesh.rank)
-    log.info("run folder %s, %d process(es) on %s", run_dir, mesh.world_size, mesh.device.type)
-    if mesh.rank == 0:
-        for line in mesh.table().splitlines():
-            log.info("%s", line)
-    announce_plan(config, mesh)
-    set_timeout(config.parallel.timeout_s)
-    trainer = None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    start_logging(run_dir, rank)
+    log.info("run folder %s, %d process(es) on %s", run_dir, world_size, device.type)
+    for stage in list_stages(config):
+        fault = fault_of(stage, world_size)
+        if fault and rank == 0:
+            log.warning("the job will end before stage %s: %s", stage.name, fault)
+    trainer, is_first = None, True
     try:
-        with watched(mesh.rank, mesh.world_size, config.parallel.timeout_s):
-            trainer = Trainer(config, mesh, run_dir)
-            if mesh.rank == 0:
-                describe_run(config, trainer, run_dir)
-            trainer.fit()
+        with watched(rank, world_size, config.parallel.timeout_s):
+            while (trainer := open_stage(config, device, run_dir, is_first=is_first)) is not None:
+                if rank == 0 and is_first:
+                    describe_run(config, trainer, run_dir)
+                trainer.fit()
+                if trainer.finished:
+                    break
+                trainer.close()
+                trainer, is_first = None, False
+                give_back(device)
     except Exception as error:
         if trainer is not None or isinstance(error, ExchangeError):
             log.exception("the run stops")  # into the log file too, which outlives the terminal
@@ -53,9 +67,72 @@ def run(config: RunConfig, mesh: Mesh, recipe: str) -> Path:
     finally:
         if trainer is not None:
             trainer.close()
-    if mesh.rank == 0:
+    if rank == 0:
         log.info("report: %s", write_report(run_dir))
     return run_dir
+
+
+def open_stage(
+    config: RunConfig, device: torch.device, run_dir: Path, *, is_first: bool
+) -> Trainer | None:
+    """A trainer for the stage that the run is in, from its newest checkpoint.
+
+    Where these processes cannot run the stage, it is an error if it `is_first` in this job; else
+    the job has done what it could, and there is no trainer.
+    """
+    phase("choice of a checkpoint")
+    finder = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
+    start = find_start(config, finder)
+    finder.close()
+    stage = start.stage
+    fault = fault_of(stage, dist.get_world_size())
+    if fault is None:
+        mesh = build_mesh(stage.config.parallel, device)
+        fault = announce(stage, mesh)
+    if fault is None:
+        set_timeout(config.parallel.timeout_s)
+        return Trainer(config, mesh, run_dir, start=start)
+    if is_first:
+        raise ValueError(fault)
+    log.info(
+        "the job ends before stage %s, which needs other processes: %s. The same command with the "
+        "same run_id goes on, on any number of processes that fits",
+        stage.name,
+        fault,
+    )
+    return None
+
+
+def give_back(device: torch.device) -> None:
+    """Free what a stage that is over held: the next one has a mesh of its own."""
+    gc.collect()  # modules and hooks refer to each other
+    release_groups()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def announce(stage: Stage, mesh: Mesh) -> str | None:
+    """Log what the stage is and what it will need; why it does not fit into a GPU, or None."""
+    config = stage.config
+    if mesh.rank == 0:
+        if stage.name:
+            log.info(
+                "stage %s, %d of %d: to %d tokens, rows of %d, RoPE base %g, cp %d",
+                stage.name,
+                stage.index + 1,
+                len(config.stages),
+                stage.end,
+                config.data.seq_len,
+                config.model.rope_theta,
+                mesh.cp,
+            )
+        for line in mesh.table().splitlines():
+            log.info("%s", line)
+    try:
+        announce_plan(config, mesh)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def announce_plan(config: RunConfig, mesh: Mesh) -> None:

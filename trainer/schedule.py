@@ -1,4 +1,7 @@
-"""Learning rate and batch size, as functions of the step and the tokens trained so far."""
+"""Learning rate and batch size, as functions of the step and the tokens trained so far.
+
+In a run with stages both are counted from the stage's start: trainer/stages.py.
+"""
 
 from fulmen.trainer.config import PhaseConfig, RunConfig, ScheduleConfig
 
@@ -33,6 +36,12 @@ def batch_tokens(config: RunConfig, tokens: int) -> int:
         if tokens >= step.from_tokens:
             size = step.global_batch_tokens
     return size
+
+
+def batch_sizes(config: RunConfig) -> list[int]:
+    """Tokens of a step, over the ramp."""
+    ramp = [step.global_batch_tokens for step in config.schedule.batch_ramp]
+    return [config.data.global_batch_tokens, *ramp]
 
 
 def total_tokens(config: RunConfig) -> int:

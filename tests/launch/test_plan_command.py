@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from support.tiny import ROOT
+from support.tiny import ROOT, text01_data
 
 from fulmen.launch.plan import PlanConfig, plan
 from fulmen.trainer.config import to_dataclass
@@ -39,7 +39,9 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 def configured(*overrides: str) -> PlanConfig:
     ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
     with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
-        words = ["data.sources.corpus.path=none", *overrides]
+        recipe = next((word for word in overrides if word.startswith("recipe=")), "")
+        paths = text01_data() if not recipe else text01_data()[:1]
+        words = [*paths, *overrides]
         return to_dataclass(compose("plan", words), PlanConfig)
 
 
@@ -98,9 +100,40 @@ def test_text_says_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert "456,089,655,296" in said
     assert "network_gb_per_s=50" in said
     plan(configured("gpus=2048", "gpu=h800", "parallel.ep=1", "parallel.zero_stage=1"))
-    assert "it does not fit; it would with parallel." in capsys.readouterr().out
-    plan(configured("gpus=32", "gpu=h800"))
+    said = capsys.readouterr().out
+    assert "pretrain: it does not fit; it would with stages.pretrain.parallel." in said
+    plan(configured("recipe=text01_3b", "gpu=a100", "trainer.micro_batch_tokens=524288"))
+    assert "it does not fit; it would with trainer.micro_batch" in capsys.readouterr().out
+    few = ["stages.to_128k.parallel.cp=1", "stages.to_512k.parallel.cp=1"]
+    plan(configured("gpus=32", "gpu=h800", *few, "~stages.to_1m"))
     assert "take more GPUs" in capsys.readouterr().out
+
+
+def test_every_stage_of_text01_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = as_json(capsys, "gpus=2048", "gpu=h800")
+    stages = facts["stages"]
+    assert [stage["name"] for stage in stages] == ["pretrain", "to_128k", "to_512k", "to_1m"]
+    assert [stage["seq_len"] for stage in stages] == [2**13, 2**17, 2**19, 2**20]
+    assert [round(stage["tokens"] / 1e9) for stage in stages] == [11_400, 300, 32, 26]
+    for stage in stages:
+        memory = dict(stage["memory_gib_per_rank"])
+        assert memory.pop("total") == pytest.approx(sum(memory.values()), abs=0.01)
+        assert stage["fits"]
+        assert stage["mfu"] > 0.1
+        spent = sum(row["steps"] * row["step_time_s"] for row in stage["batches"])
+        assert stage["gpu_hours"] == pytest.approx(2048 * spent / 3600, rel=1e-2)
+    # The attention of a longer row costs more, and nothing else does.
+    assert stages[3]["flops_per_token"] > stages[2]["flops_per_token"]
+    work = [stage["step_work_s"] for stage in stages]
+    assert work[3]["experts"] == work[2]["experts"]
+    assert work[3]["softmax core"] == pytest.approx(2 * work[2]["softmax core"])
+    assert facts["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in stages))
+    assert facts["days"] == pytest.approx(sum(stage["days"] for stage in stages))
+
+
+def test_a_stage_that_the_gpus_cannot_form_is_named() -> None:
+    with pytest.raises(ValueError, match=r"stages\.to_1m: parallel\.cp=48 does not divide"):
+        plan(configured("gpus=2048", "gpu=h800", "stages.to_1m.parallel.cp=48"))
 
 
 def test_the_network_counts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +155,7 @@ def test_a_step_limit_ends_the_schedule(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_search(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["recipe=text01_1b", "gpus=4", "search=true"]
-    found = as_json(capsys, *words)["search"]
+    found = as_json(capsys, *words)["stages"][0]["search"]
     assert 1 <= len(found) <= 5
     assert found[0]["step_time_s"] <= found[-1]["step_time_s"]
     plan(configured(*words))

@@ -1,33 +1,27 @@
 """The entry point as it is used: processes that are killed and started again, and its errors."""
 
-import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import SCRIPT, finish, kill_at, start
 from support.tiny import ROOT, as_overrides, compose_config, read_checkpoint, tiny_config
-from support.worlds import free_port, rank_environment, run_world
+from support.worlds import run_world
 
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.run import run
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = str(ROOT / "launch" / "pretrain.py")
 STEPS = 15
 SAVE_EVERY = 3
-TIMEOUT_S = 90
 SAME = ("step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "batch_digest", "drop_rate")
 
 
@@ -39,67 +33,11 @@ def overrides(data: Path, run_root: Path, run_id: str, *, stage: int) -> list[st
     return [*as_overrides(config), f"run_root={run_root}", f"run_id={run_id}"]
 
 
-def start(size: int, arguments: Sequence[str], log: Path) -> list[subprocess.Popen]:
-    """The ranks of a run; a world of one gets no environment, like a plain command."""
-    port = free_port()
-    ranks = []
-    for rank in range(size):
-        environment = dict(os.environ)
-        if size > 1:
-            environment |= rank_environment(rank, size, port)
-        with (log / f"rank{rank}.txt").open("ab") as output:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, SCRIPT, *arguments],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=output,
-                    stderr=output,
-                )
-            )
-    return ranks
-
-
-def finish(ranks: list[subprocess.Popen], log: Path) -> None:
-    """Wait for all ranks; whatever happens, none is left behind."""
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        codes = [rank.wait(max(0.1, deadline - time.monotonic())) for rank in ranks]
-    finally:
-        kill(ranks)
-    said = "\n".join(path.read_text()[-3000:] for path in sorted(log.glob("rank*.txt")))
-    assert codes == [0] * len(ranks), said
-
-
-def kill(ranks: list[subprocess.Popen]) -> None:
-    for rank in ranks:
-        rank.send_signal(signal.SIGKILL)
-    for rank in ranks:
-        rank.wait()
-
-
-def last_step(metrics: Path) -> int:
-    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith(b"}")), default=0)
-
-
-def kill_at(ranks: list[subprocess.Popen], step: int, metrics: Path) -> None:
-    """SIGKILL every rank as soon as `step` is logged."""
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        while last_step(metrics) < step:
-            assert time.monotonic() < deadline, f"step {step} never came"
-            assert all(rank.poll() is None for rank in ranks), "ended before it was killed"
-            time.sleep(0.002)
-    finally:
-        kill(ranks)
-
-
 def run_here(device: torch.device, runs: list[list[str]]) -> None:
     """Several runs, one after the other, in the processes of one world."""
     for arguments in runs:
         config = compose_config(arguments)
-        run(config, build_mesh(config.parallel, device), "text01_tiny")
+        run(config, device, "text01_tiny")
 
 
 @pytest.fixture(scope="module")

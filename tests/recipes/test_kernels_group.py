@@ -12,7 +12,6 @@ from fulmen.kernels import registry
 from fulmen.kernels.registry import AUTO, IMPLEMENTATIONS
 from fulmen.models.config import MoEConfig
 from fulmen.models.text import LossOutput, TextModel
-from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.run import run
 
@@ -77,7 +76,7 @@ def run_with(override: str, data: Path, folder: Path, device: torch.device) -> N
         "run_id=fails",
     ]
     config = compose_config([*overrides, override])
-    run(config, build_mesh(config.parallel, device), "text01_tiny")
+    run(config, device, "text01_tiny")
 
 
 def test_a_misspelt_implementation_ends_a_run_before_it_begins(

@@ -114,6 +114,11 @@ def compose_config(overrides: list[str]) -> RunConfig:
         return to_dataclass(compose("config", overrides), RunConfig)
 
 
+def text01_data(path: str = "none") -> list[str]:
+    """What the recipe text01 cannot know, as overrides."""
+    return [f"data.sources.{name}.path={path}" for name in ("corpus", "long_qa")]
+
+
 def as_overrides(config: RunConfig) -> list[str]:
     """`tiny_config`'s values as command-line overrides of the recipe text01_tiny."""
     groups = OmegaConf.to_container(OmegaConf.structured(config))

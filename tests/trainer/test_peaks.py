@@ -13,7 +13,8 @@ from fulmen.trainer.config import RunConfig
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.memory import GIB, moments, sizes_of
 from fulmen.trainer.metrics import read_metrics
-from fulmen.trainer.planner import GPUS, Assumptions, changed, make_plan, predict_step, suggest
+from fulmen.trainer.planner import GPUS, Assumptions, make_plan, predict_step
+from fulmen.trainer.planner_search import changed, suggest
 
 TOKENS = 131072
 FULL = {"activation_checkpointing": "full"}

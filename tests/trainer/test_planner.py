@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from support.meta import forward, meta_model, use_kernels_of_a_gpu
-from support.tiny import ROOT, compose_config, tiny_config, tiny_engine, tiny_model
+from support.tiny import (
+    ROOT,
+    compose_config,
+    text01_data,
+    tiny_config,
+    tiny_engine,
+    tiny_model,
+)
 from support.worlds import run_world
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
@@ -33,22 +40,21 @@ from fulmen.trainer.optim import Optimizer
 from fulmen.trainer.planner import (
     GPUS,
     Assumptions,
-    changed,
     describe,
     find_gpu,
     make_plan,
     predict_memory,
     predict_step,
-    search,
     step_flops,
-    suggest,
 )
+from fulmen.trainer.planner_search import changed, search, suggest
+from fulmen.trainer.stages import list_stages
 
 H800 = GPUS["h800"]
 
 
 def text01(*overrides: str) -> RunConfig:
-    return compose_config(["recipe=text01", "data.sources.corpus.path=none", *overrides])
+    return compose_config(["recipe=text01", *text01_data(), *overrides])
 
 
 def text01_1b(tokens: int, **parallel: int) -> RunConfig:
@@ -303,21 +309,21 @@ def test_full_checkpointing_computes_blocks_again() -> None:
 
 def test_what_to_change_fits() -> None:
     config = text01("parallel.ep=1", "parallel.zero_stage=1")
-    assert not make_plan(config, 2048, H800, Assumptions()).fits
+    assert not make_plan(config, 2048, H800, Assumptions()).stages[0].fits
     changes = suggest(config, 2048, H800.usable_gib)
     assert changes
-    assert make_plan(changed(config, changes), 2048, H800, Assumptions()).fits
+    assert make_plan(changed(config, changes), 2048, H800, Assumptions()).stages[0].fits
     assert suggest(text01("parallel.ep=1"), 32, H800.usable_gib) is None  # 228 GiB of state each
 
 
 def test_search_gives_the_fastest_that_fit() -> None:
     config = text01_1b(16384)
-    found = search(config, 8, H800, Assumptions())
+    found = search(list_stages(config)[0], 8, H800, Assumptions())
     assert 1 <= len(found) <= 5
     times = [plan.intervals[0].step.seconds for plan in found]
     assert times == sorted(times)
     assert all(plan.fits for plan in found)
-    assert times[0] <= make_plan(config, 8, H800, Assumptions()).intervals[0].step.seconds
+    assert times[0] <= make_plan(config, 8, H800, Assumptions()).stages[0].first.seconds
 
 
 @pytest.mark.parametrize(
@@ -369,3 +375,30 @@ def test_the_recipes_of_one_gpu_fit() -> None:
         config = compose_config([f"recipe={recipe}", "data.sources.corpus.path=none"])
         assert make_plan(config, 1, GPUS["h100"], Assumptions()).fits, recipe
     assert (ROOT / "recipes" / "plan.yaml").exists()
+
+
+def test_the_staged_recipe_of_one_or_two_gpus_fits() -> None:
+    paths = text01_data()
+    config = compose_config(["recipe=text01_1b_1m", *paths])
+    for gpus in (1, 2):
+        assert make_plan(config, gpus, GPUS["h200"], Assumptions()).fits
+    cps = [f"++stages.{name}.parallel.cp=2" for name in ("to_512k", "to_1m")]
+    config = compose_config(["recipe=text01_1b_1m", *paths, *cps])
+    plan = make_plan(config, 2, GPUS["h100"], Assumptions())
+    assert plan.fits
+    # A stage's own search keeps its length.
+    found = search(list_stages(config)[3], 2, GPUS["h100"], Assumptions())
+    assert found
+    assert all(one.fits and one.config.data.seq_len == 2**20 for one in found)
+
+
+def test_a_step_limit_ends_the_plan_within_a_stage() -> None:
+    config = text01("trainer.max_steps=140000")
+    plan = make_plan(config, 2048, H800, Assumptions())
+    steps = [sum(one.steps for one in stage.intervals) for stage in plan.stages]
+    assert steps[0] == pytest.approx(133_783, abs=1)
+    assert sum(steps) == pytest.approx(140_000)
+    assert [bool(stage.intervals) for stage in plan.stages] == [True, True, False, False]
+    config = text01("trainer.max_tokens=11500000000000")
+    plan = make_plan(config, 2048, H800, Assumptions())
+    assert sum(stage.tokens for stage in plan.stages) == pytest.approx(11.5e12)

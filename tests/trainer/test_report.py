@@ -178,3 +178,21 @@ def test_command_line(tmp_path: Path) -> None:
     failed = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")
+
+
+def test_stages_and_accounts_have_their_places(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl", resume_step=0)
+    for step, stage, seq_len in [(1, "pretrain", 8192), (2, "pretrain", 8192), (3, "to_1m", 2**20)]:
+        row = {"step": step, "tokens": 1000 * step, "loss": 5.0, "stage": stage}
+        account = {"tokens/books/long": 700 * step, "tokens/qa/short": 300 * step}
+        sink.log_step({**row, "seq_len": seq_len, **account})
+    sink.log_eval(3, 3000, {"books": 4.0})
+    sink.close(failed=False)
+    page = Page(write_report(tmp_path).read_text())
+    text = "\n".join(page.texts)
+    assert "from step 1, 1.0k tokens, in rows of 8,192" in text
+    assert "from step 3, 3.0k tokens, in rows of 1,048,576" in text
+    assert page.texts.count("to_1m") == 2  # in the curve, and in the table
+    assert "books, long" in text
+    assert "2,100" in text
+    assert "900" in text

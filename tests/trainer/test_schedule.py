@@ -1,7 +1,7 @@
 """Learning rate and batch size; the figures are Text-01's published ones."""
 
 import pytest
-from support.tiny import compose_config
+from support.tiny import compose_config, text01_data
 
 from fulmen.trainer.config import (
     PhaseConfig,
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture(scope="module")
 def text01() -> RunConfig:
-    return compose_config(["recipe=text01", "data.sources.corpus.path=nowhere"])
+    return compose_config(["recipe=text01", *text01_data("nowhere")])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from support.tiny import tiny_config
 from support.worlds import free_port, rank_environment, run_processes
 
 from fulmen.parallel import progress
-from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.progress import ExchangeError
 from fulmen.parallel.rendezvous import join_world
 from fulmen.trainer.config import RunConfig
@@ -23,17 +22,16 @@ def stalled_run(config: RunConfig) -> str:
     """Rank 1 sleeps in its third step for longer than the time limit."""
     progress.INTERVAL_S = 0.3
     device = join_world(timeout_s=60)
-    mesh = build_mesh(config.parallel, device)
     train_step = Trainer.train_step
 
     def sleepy(self: Trainer, batch: Any) -> Any:
-        if self.step == 2 and mesh.rank == 1:
+        if self.step == 2 and self.mesh.rank == 1:
             time.sleep(15)
         return train_step(self, batch)
 
     Trainer.train_step = sleepy  # type: ignore[method-assign]
     try:
-        run(config, mesh, "recipe")
+        run(config, device, "recipe")
     except ExchangeError as error:
         return str(error)
     return "ended"
