@@ -101,11 +101,15 @@ def packed_positions(tokens: int, cu_seqlens: Tensor | None, device: torch.devic
 
 
 def rope_tables(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of `position * theta^(-2i / rotary_dim)`: `[tokens, rotary_dim / 2]` fp32."""
+    """cos and sin of `position * theta^(-2i / rotary_dim)`: `[tokens, rotary_dim / 2]` fp32.
+
+    The frequencies are fp32 as in transformers, the angles are not: near four million radians,
+    the last positions of a text that long, fp32 counts in steps of a quarter.
+    """
     index = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / theta ** (index / rotary_dim)
-    angle = positions.to(torch.float32)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    angle = positions.to(torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
 
 
 @lru_cache(maxsize=1024)

@@ -101,6 +101,15 @@ def test_partial_rope(rotary_dim: int, theta: float) -> None:
 
 
 @pytest.mark.fast
+def test_rope_turns_by_the_distance_alone_at_four_million() -> None:
+    """Attention sees the difference of two positions' angles, wherever the two are."""
+    far = torch.tensor([2**22 - 6, 2**22 - 1])
+    cos, sin = (table.double() for table in rope_tables(far, 64, 1e7))
+    near = rope_tables(torch.tensor([5]), 64, 1e7)[0][0].double()
+    torch.testing.assert_close(cos[0] * cos[1] + sin[0] * sin[1], near, rtol=0, atol=1e-6)
+
+
+@pytest.mark.fast
 def test_softmax_layer_against_the_formula() -> None:
     """One whole layer with partial RoPE and grouped heads, fp64, position by position."""
     config = replace(SMALL, num_attention_heads=4, num_key_value_heads=2, softmax_every=1)
