@@ -44,10 +44,6 @@ def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     start_logging(run_dir, rank)
     log.info("run folder %s, %d process(es) on %s", run_dir, world_size, device.type)
-    for stage in list_stages(config):
-        fault = fault_of(stage, world_size)
-        if fault and rank == 0:
-            log.warning("the job will end before stage %s: %s", stage.name, fault)
     trainer, is_first = None, True
     try:
         with watched(rank, world_size, config.parallel.timeout_s):
@@ -90,6 +86,10 @@ def open_stage(
         mesh = build_mesh(stage.config.parallel, device)
         fault = announce(stage, mesh)
     if fault is None:
+        later = (fault_of(one, dist.get_world_size()) for one in list_stages(config)[stage.index :])
+        ends = next((fault for fault in later if fault), None)
+        if ends and is_first and mesh.rank == 0:
+            log.warning("the job will end before a stage that needs other processes: %s", ends)
         set_timeout(config.parallel.timeout_s)
         return Trainer(config, mesh, run_dir, start=start)
     if is_first:
