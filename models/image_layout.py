@@ -6,12 +6,16 @@ most of the image. The image is scaled into the grid with its aspect ratio and p
 the patches that padding alone fills are left out again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""CLIP's, of red, green and blue from 0 to 1; the tower takes `(value - mean) / std`."""
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Likewise."""
 NEWLINE = -1
 """In `token_sources`, the token that ends a row of patches."""
 
@@ -165,3 +169,25 @@ def token_sources(layout: ImageLayout, first_tile: int = 0) -> np.ndarray:
     kept = grid[layout.top : rows - layout.top, layout.left : columns - layout.left]
     ended = np.pad(kept, ((0, 0), (0, 1)), constant_values=NEWLINE)
     return np.concatenate([thumbnail, ended.ravel()])
+
+
+def place_images(
+    input_ids: np.ndarray, layouts: Sequence[ImageLayout], image_token_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where image tokens lie in the flattened `input_ids`, and what each shows.
+
+    Both are `[image_tokens]` int64. The images are those of a micro-batch in the order of their
+    tokens, and so are their tiles. `ValueError` if there are more tokens than theirs, or fewer.
+    """
+    places = np.flatnonzero(input_ids == image_token_id)
+    first, parts = 0, [np.empty(0, np.int64)]
+    for layout in layouts:
+        parts.append(token_sources(layout, first))
+        first += layout.num_tiles
+    sources = np.concatenate(parts)
+    if len(places) != len(sources):
+        raise ValueError(
+            f"{len(places)} tokens have model.vision.image_token_id={image_token_id}, but "
+            f"{len(layouts)} images become {len(sources)} tokens"
+        )
+    return places, sources
