@@ -29,7 +29,7 @@ class PatchEmbedding(nn.Linear):
         size = self.patch_size
         rows, columns = height // size, width // size
         patches = pixels.reshape(tiles, channels, rows, size, columns, size)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(tiles, rows * columns, -1)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(tiles, rows * columns, self.in_features)
         return super().forward(patches.to(self.weight.dtype))
 
 
