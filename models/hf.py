@@ -258,13 +258,13 @@ def _vl_config(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
-    """preprocessor_config.json: how the released processor makes tiles of an image."""
+    """preprocessor_config.json: how tiles are made of an image, in the words of transformers."""
     side = {"height": vision.tile_size, "width": vision.tile_size}
     return {
-        "crop_size": side,
         "do_center_crop": False,
         "do_convert_rgb": True,
         "do_normalize": True,
+        "do_pad": False,
         "do_rescale": True,
         "do_resize": True,
         "image_grid_pinpoints": [list(pair) for pair in vision.tiling.pinpoints],

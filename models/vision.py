@@ -5,15 +5,19 @@ last, names as released (`pre_layrnorm` is spelled so). Tiles never attend to ea
 a micro-batch go through as one batch.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulmen.models.config import VisionConfig
 
 CHANNELS = 3
+# Not cuDNN, which torch would choose: it builds a plan for each new number of tiles.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class PatchEmbedding(nn.Linear):
@@ -96,9 +100,10 @@ class VisionAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if x.shape[0] == 0:
-            # The kernels refuse no tiles; all weights are to have their gradients, of zero.
+            # A batch that kernels refuse; still all weights are to have a gradient, of zero.
             return self.out_proj((q + k + v).transpose(1, 2).flatten(2))
-        attended = F.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(_KERNELS) if x.is_cuda else nullcontext():
+            attended = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
