@@ -6,7 +6,7 @@ most of the image. The image is scaled into the grid with its aspect ratio and p
 the patches that padding alone fills are left out again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -172,22 +172,25 @@ def token_sources(layout: ImageLayout, first_tile: int = 0) -> np.ndarray:
 
 
 def place_images(
-    input_ids: np.ndarray, layouts: Sequence[ImageLayout], image_token_id: int
+    images: Iterable[tuple[int, ImageLayout]], first_token: int = 0, end_token: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where image tokens lie in the flattened `input_ids`, and what each shows.
+    """Where the image tokens of a micro-batch lie, and what each of them shows.
 
-    Both are `[image_tokens]` int64. The images are those of a micro-batch in the order of their
-    tokens, and so are their tiles. `ValueError` if there are more tokens than theirs, or fewer.
+    Both are `[image_tokens]` int64: places counted from `first_token`, and sources as those of
+    `token_sources`, counted over the tiles of all images, one image's behind the other's.
+
+    Args:
+        images: first token, in the flattened micro-batch, and layout of each image.
+        first_token: of the part of the micro-batch that is asked for.
+        end_token: behind that part; None = to the end.
     """
-    places = np.flatnonzero(input_ids == image_token_id)
-    first, parts = 0, [np.empty(0, np.int64)]
-    for layout in layouts:
-        parts.append(token_sources(layout, first))
-        first += layout.num_tiles
-    sources = np.concatenate(parts)
-    if len(places) != len(sources):
-        raise ValueError(
-            f"{len(places)} tokens have model.vision.image_token_id={image_token_id}, but "
-            f"{len(layouts)} images become {len(sources)} tokens"
-        )
-    return places, sources
+    places, sources = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    first_tile = 0
+    for first, layout in images:
+        end = first + layout.num_tokens
+        begin, end = max(first, first_token), end if end_token is None else min(end, end_token)
+        if begin < end:
+            places.append(np.arange(begin, end) - first_token)
+            sources.append(token_sources(layout, first_tile)[begin - first : end - first])
+        first_tile += layout.num_tiles
+    return np.concatenate(places), np.concatenate(sources)

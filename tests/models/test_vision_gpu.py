@@ -1,11 +1,10 @@
 """The tower and the image tokens on a GPU."""
 
-import numpy as np
 import pytest
 import torch
 
 from fulmen.models.config import ModelConfig, MoEConfig, VisionConfig
-from fulmen.models.image_layout import Tiling, image_layout, place_images
+from fulmen.models.image_layout import Tiling, image_layout, place_images, token_sources
 from fulmen.models.init import init_model
 from fulmen.models.vl import Images, VisionLanguageModel
 
@@ -50,9 +49,12 @@ def embed_gradients(
     weight = model.embed_tokens.weight
     assert CONFIG.vision is not None
     layouts = [image_layout(*size, CONFIG.vision.tiling) for size in sizes]
-    ids = torch.full((1, 20 + sum(layout.num_tokens for layout in layouts)), 63)
-    ids[0, :10] = ids[0, -10:] = 5
-    places, sources = place_images(ids.numpy(), layouts, 63)
+    firsts = [10]
+    for layout in layouts:
+        firsts.append(firsts[-1] + layout.num_tokens)
+    places, sources = place_images(zip(firsts, layouts, strict=False))
+    ids = torch.full((1, firsts[-1] + 10), 5)
+    ids[0, places] = 63
     tiles = sum(layout.num_tiles for layout in layouts)
     generator = torch.Generator().manual_seed(tiles)
     pixels = torch.randn(tiles, 3, 56, 56, generator=generator)
@@ -91,8 +93,7 @@ def test_gradients_repeat_bit_for_bit() -> None:
     model = make_model().cuda()
     tower = model.vision_tower.vision_model.embeddings
     layout = image_layout(200, 100, Tiling(28, 14))
-    ids = np.full(layout.num_tokens, 63)
-    sources = torch.from_numpy(place_images(ids, [layout], 63)[1]).cuda()
+    sources = torch.from_numpy(token_sources(layout)).cuda()
     pixels = torch.randn(layout.num_tiles, 3, 28, 28, device="cuda")
     results = []
     for _ in range(2):

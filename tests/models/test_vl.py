@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
-from itertools import chain
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,34 +66,38 @@ def make_model(config: ModelConfig = VL) -> Any:
     return model.double()
 
 
-def document(layouts: list[ImageLayout], text: int, seed: int) -> list[int]:
-    """Ids: some text before, between and behind the images."""
-    draw = np.random.default_rng(seed)
-    ids = draw.integers(0, IMAGE, text).tolist()
-    for layout in layouts:
-        ids += [IMAGE] * layout.num_tokens + draw.integers(0, IMAGE, text).tolist()
-    return ids
+Document = tuple[int, list[ImageLayout]]
+"""Tokens of text before, between and behind the images, and these."""
 
 
-def batch_of(
-    documents: list[list[int]], layouts: list[ImageLayout], seed: int = 0
-) -> tuple[Tensor, Images]:
-    ids = np.array([list(chain(*documents))])
-    places, sources = place_images(ids, layouts, IMAGE)
-    tiles = sum(layout.num_tiles for layout in layouts)
-    side = layouts[0].tiling.tile_size if layouts else VISION.tile_size
-    generator = torch.Generator().manual_seed(seed)
+def batch_of(documents: list[Document]) -> tuple[Tensor, Images, list[int]]:
+    """One packed row, its images, and the lengths of its documents."""
+    draw = np.random.default_rng(0)
+    ids: list[int] = []
+    placed, lengths = [], []
+    for text, layouts in documents:
+        before = len(ids)
+        ids += draw.integers(0, IMAGE, text).tolist()
+        for layout in layouts:
+            placed.append((len(ids), layout))
+            ids += [IMAGE] * layout.num_tokens + draw.integers(0, IMAGE, text).tolist()
+        lengths.append(len(ids) - before)
+    places, sources = place_images(placed)
+    tiles = sum(layout.num_tiles for _, layout in placed)
+    generator, side = torch.Generator().manual_seed(0), VISION.tile_size
     pixels = torch.randn(tiles, 3, side, side, generator=generator, dtype=torch.float64)
     images = Images(pixels, torch.from_numpy(places), torch.from_numpy(sources))
-    return torch.from_numpy(ids), images
+    return torch.tensor([ids]), images, lengths
+
+
+def some_layouts() -> list[ImageLayout]:
+    return [image_layout(*size, VISION.tiling) for size in SIZES]
 
 
 def some_batch() -> tuple[Tensor, Images, list[int]]:
     """One row: a document with two images, one without, one that is an image, and lengths."""
-    layouts = [image_layout(*size, VISION.tiling) for size in SIZES]
-    documents = [document(layouts[:2], 5, 1), document([], 1, 2), [IMAGE] * layouts[2].num_tokens]
-    ids, images = batch_of(documents, layouts)
-    return ids, images, [len(ids) for ids in documents]
+    layouts = some_layouts()
+    return batch_of([(5, layouts[:2]), (1, []), (0, layouts[2:])])
 
 
 def labels_of(ids: Tensor) -> Tensor:
@@ -132,9 +136,9 @@ def draw_features(layout: ImageLayout, tiles: Tensor, newline: Tensor, size: Any
 def assembled(layouts: list[ImageLayout], tiles: list[Tensor], newline: Tensor) -> Tensor:
     """By the model's own path: a projector that changes nothing."""
     model = SimpleNamespace(image_newline=newline, multi_modal_projector=lambda x: x)
-    ids = np.full(sum(layout.num_tokens for layout in layouts), IMAGE)
-    places, sources = place_images(ids, layouts, IMAGE)
-    assert places.tolist() == list(range(len(ids)))
+    firsts = np.cumsum([0, *(layout.num_tokens for layout in layouts)]).tolist()
+    places, sources = place_images(zip(firsts, layouts, strict=False))
+    assert places.tolist() == list(range(firsts[-1]))
     patches = torch.cat(tiles).flatten(0, 1)
     features = VisionLanguageModel.image_features
     return features(model, patches, torch.from_numpy(sources))  # type: ignore[arg-type]
@@ -195,14 +199,24 @@ def test_features_are_written_over_image_tokens_only() -> None:
     torch.testing.assert_close(embedded[is_image], torch.stack(wanted), rtol=0, atol=1e-13)
 
 
-def test_tokens_and_images_must_agree() -> None:
-    layouts = [image_layout(8, 8, VISION.tiling)]
-    ids = np.array([document(layouts, 3, 0)])
-    place_images(ids, layouts, IMAGE)
-    with pytest.raises(ValueError, match=r"10 tokens have .*=39, but 0 images become 0 tokens"):
-        place_images(ids, [], IMAGE)
-    with pytest.raises(ValueError, match=r"10 tokens .* but 2 images become 20 tokens"):
-        place_images(ids, layouts * 2, IMAGE)
+def test_places_and_sources_of_any_part() -> None:
+    layouts = some_layouts()
+    ids, images, _ = some_batch()
+    assert torch.equal(images.places, (ids[0] == IMAGE).nonzero()[:, 0])
+    firsts = [5, 10 + layouts[0].num_tokens, ids.shape[1] - layouts[2].num_tokens]
+    placed = list(zip(firsts, layouts, strict=True))
+    for cuts in ([0, 23, 30], [0, 5, 6, 10], [0, 1, 2, 3]):
+        parts = [
+            (first, *place_images(placed, first, end))
+            for first, end in pairwise([*cuts, ids.shape[1]])
+        ]
+        assert (
+            np.concatenate([p + first for first, p, _ in parts]).tolist() == images.places.tolist()
+        )
+        assert np.concatenate([s for _, _, s in parts]).tolist() == images.sources.tolist()
+    places, sources = place_images(placed, 0, 5)
+    assert places.dtype == sources.dtype == np.int64
+    assert len(places) == len(sources) == 0
 
 
 # The text model around them.
@@ -215,7 +229,7 @@ def test_without_images_it_is_the_text_model() -> None:
     ours = dict(model.named_parameters())
     assert all(torch.equal(value, ours[name]) for name, value in text.named_parameters())
     ids = torch.randint(IMAGE, (1, 50))
-    _, none = batch_of([ids[0].tolist()], [])
+    _, none, _ = batch_of([(50, [])])
     for arguments in ({}, {"cu_seqlens": bounds([20, 29, 1])}):
         wanted = text(ids, labels=labels_of(ids), **arguments)
         for images in (None, none):
@@ -231,12 +245,13 @@ def test_packed_documents_see_their_own_images_only() -> None:
     model = make_model()
     ids, images, lengths = some_batch()
     packed = model(ids, images=images, cu_seqlens=bounds(lengths))
-    layouts = [image_layout(*size, VISION.tiling) for size in SIZES]
+    layouts = some_layouts()
+    starts = ([(5, layouts[0]), (10 + layouts[0].num_tokens, layouts[1])], [], [(0, layouts[2])])
     first_token, first_tile = 0, 0
-    for length, own in zip(lengths, (layouts[:2], [], layouts[2:]), strict=True):
+    for length, own in zip(lengths, starts, strict=True):
         alone = ids[:, first_token : first_token + length]
-        tiles = sum(layout.num_tiles for layout in own)
-        places, sources = place_images(alone.numpy(), own, IMAGE)
+        tiles = sum(layout.num_tiles for _, layout in own)
+        places, sources = place_images(own)
         pixels = images.pixels[first_tile : first_tile + tiles]
         of_one = Images(pixels, torch.from_numpy(places), torch.from_numpy(sources))
         logits = model(alone, images=of_one)
@@ -250,7 +265,7 @@ def test_every_pixel_reaches_the_answer() -> None:
     model = make_model()
     layout = image_layout(8, 20, VISION.tiling)
     assert (layout.rows, layout.columns, layout.map_columns) == (2, 1, 2)
-    ids, images = batch_of([document([layout], 4, 0)], [layout])
+    ids, images, _ = batch_of([(4, [layout])])
     pixels = images.pixels.requires_grad_()
     logits = model(ids, images=images)
     (before,) = torch.autograd.grad(logits[0, 3].sum(), pixels, retain_graph=True)
@@ -261,8 +276,7 @@ def test_every_pixel_reaches_the_answer() -> None:
 
 def test_several_passes_of_one_text_with_a_cache() -> None:
     model = make_model().eval()
-    layouts = [image_layout(*size, VISION.tiling) for size in SIZES]
-    ids, images = batch_of([document(layouts, 3, 0)], layouts)
+    ids, images, _ = batch_of([(3, some_layouts())])
     with torch.no_grad():
         whole = model(ids, images=images)
         cache, parts = Cache(), []
