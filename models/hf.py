@@ -167,8 +167,8 @@ def to_hf_config(
     if config.vision is not None:
         if format != "released":
             raise ValueError(
-                f"format={format}: a model with model.vision has format=released only, which "
-                "transformers' own class of VL-01 reads too"
+                f"format={format}: a model with model.vision is no MiniMax of transformers, which "
+                "is a text model: use format=released"
             )
         text = to_hf_config(
             replace(config, vision=None),
