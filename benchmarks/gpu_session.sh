@@ -2,12 +2,14 @@
 # What a machine with one GPU can show, stage by stage: correctness first, then times.
 #
 #     bash benchmarks/gpu_session.sh [lightning] [tests] [large] [losses] [kernels] [rivals] [steps]
-#     bash benchmarks/gpu_session.sh checkpointing policies long    # 8K to 1M tokens, nine minutes
-#     bash benchmarks/gpu_session.sh long_control                   # its slowest half, eight minutes
+#     bash benchmarks/gpu_session.sh long_tests policies       # rows of many tokens: six minutes
+#     bash benchmarks/gpu_session.sh long_hybrid prefill       # 8K to 1M and to 4M: nine minutes
+#     bash benchmarks/gpu_session.sh long_control              # softmax in every layer: nine minutes
+#     bash benchmarks/gpu_session.sh needles                   # what small models retrieve: five
 #
-# Without names it runs all of the first line, which takes about 25 minutes. Results go to the folder $OUT; the exit
-# status tells whether every stage went well. Wheels in .whl and prepared data in data_cache/stdlib
-# are optional.
+# Without names it runs all of the first line, which takes about 25 minutes. Results go to the
+# folder $OUT; the exit status tells whether every stage went well. Wheels in .whl and prepared data
+# in data_cache/stdlib are optional.
 source benchmarks/session.sh
 large="addresses or 32_bits"
 
@@ -39,13 +41,21 @@ steps() {
     [ -d data_cache/stdlib ] && run pretrain_1b 100 "python3 launch/pretrain.py recipe=text01_1b run_root=/tmp/runs run_id=gpu data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=65536 trainer.max_steps=50 evaluation.every_steps=null checkpoint.every_steps=null; cp /tmp/runs/text01_1b/gpu/metrics.jsonl $out/" 8
 }
 
-checkpointing() { run checkpointing 150 "$pytest tests/parallel/test_checkpointing.py tests/kernels/test_attention.py -k 'checkpointing or (32_bits and cudnn)'" 12; }
-policies() { run policies 200 "python3 benchmarks/long_steps.py every_way=true 'lengths=[32768]' 'kinds=[hybrid]' step.document_tokens=8192 budget_s=190 output=$out/policies" 14; }
-long() { # hybrid to 1M tokens, the control while it is quick; then the control's long rows
-    run long_hybrid 360 "python3 benchmarks/long_steps.py 'kinds=[hybrid]' budget_s=350 output=$out/long_hybrid" 16
-    run long_short_control 120 "python3 benchmarks/long_steps.py 'kinds=[control]' 'lengths=[8192,131072]' budget_s=115 output=$out/long_short_control" 8
+long_tests() {
+    run long_tests 200 "$pytest tests/parallel/test_checkpointing.py tests/kernels/test_attention_merge.py tests/trainer/test_prefill_gpu.py" 12
+    run cudnn_groups 100 "$pytest tests/kernels/test_attention.py -k '32_bits and cudnn'" 8
+    run attention_errors 60 "python3 benchmarks/attention_errors.py" 12
 }
-long_control() { run long_control 580 "python3 benchmarks/long_steps.py 'kinds=[control]' 'lengths=[524288,1048576]' budget_s=570 output=$out/long_control" 8; }
+policies() { run policies 200 "python3 benchmarks/long_steps.py every_way=true 'lengths=[32768]' 'kinds=[hybrid]' step.document_tokens=8192 budget_s=190 output=$out/policies" 14; }
+long_hybrid() { run long_hybrid 330 "python3 benchmarks/long_steps.py 'kinds=[hybrid]' warmup_tokens=1048576 budget_s=320 output=$out/long_hybrid" 16; }
+prefill() { run prefill 230 "python3 benchmarks/prefill.py total_seconds=220 'lengths=[32768,131072,1048576,4194304]' output=$out/prefill" 8; }
+needles() {
+    for model in hybrid lightning; do
+        run "needles_$model" 300 "python3 benchmarks/niah_training.py model=$model seconds=150 evaluation_seconds=90 workers=5 output=$out/needles_$model" 20 &
+    done
+    wait
+}
+long_control() { run long_control 560 "python3 benchmarks/long_steps.py 'kinds=[control]' budget_s=550 output=$out/long_control" 16; }
 
 [ $# -gt 0 ] || set -- lightning tests large losses kernels rivals steps
 for stage in "$@"; do "$stage"; done

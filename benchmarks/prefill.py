@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "bfloat16",
     "output": "prefill",
     "total_seconds": 540,
+    "check_tokens": 6000,
     "shape": {},
     "kernels": {},
 }
@@ -89,10 +90,10 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     return model
 
 
-def check_equality(device: torch.device) -> dict[str, Any]:
+def check_equality(device: torch.device, tokens: int) -> dict[str, Any]:
     """Text in pieces against text in one, fp32."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    config, tokens = ModelConfig(**SMALL), 6000  # type: ignore[arg-type]
+    config = ModelConfig(**SMALL)  # type: ignore[arg-type]
     model = TextModel(config, MoEConfig())
     init_model(model, config, seed=0)
     model = model.to(device).requires_grad_(False).eval()
@@ -101,7 +102,7 @@ def check_equality(device: torch.device) -> dict[str, Any]:
     whole = model(ids[None].to(device))[0]
     losses = torch.nn.functional.cross_entropy(whole[:-1], ids[1:].to(device), reduction="none")
     errors = {}
-    for chunk in (700, 1024, 4096):
+    for chunk in (tokens // 8 - 50, tokens // 6 + 24, tokens // 3 * 2 + 96):
         reader = Reader(model, chunk_tokens=chunk)
         logits, _ = reader.read(ids, num_logits=50)
         pairs = {"logits": (logits, whole[-50:]), "losses": (reader.losses(ids), losses)}
@@ -279,7 +280,7 @@ def main() -> None:
             print(json.dumps(line), flush=True)
             print(json.dumps(line), file=file, flush=True)
 
-        say(check_equality(device))
+        say(check_equality(device, options.check_tokens))
         model = random_model(config, getattr(torch, options.dtype), device)
         clock = Clock(model, device)
         reader = Reader(model, chunk_tokens=options.chunk_tokens)

@@ -93,7 +93,7 @@ class Assumptions:
     """Of each GPU, to and from pinned host memory, in one direction; not measured."""
     hidden_share: float = 0.8
     """ZeRO's exchanges run beside work, up to this share of its time; not measured at scale."""
-    host_ms_per_layer: float = 18.8
+    host_ms_per_layer: float = 15.3
     """A step takes at least so long for each layer and micro-batch, whatever its size: launches
     from Python, 150.7 ms for 8 layers of text01_1b."""
 

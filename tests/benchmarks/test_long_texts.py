@@ -32,6 +32,7 @@ def test_prefill(tmp_path: Path) -> None:
         "model=text01_tiny",
         "lengths=[512,1024,1000000000]",
         "chunk_tokens=256",
+        "check_tokens=600",
         "dtype=float32",
         "shape.softmax_every=2",
         f"output={tmp_path}",
@@ -59,7 +60,7 @@ def test_niah_training(tmp_path: Path) -> None:
     lines = run_script(
         "niah_training.py",
         "model=hybrid",
-        "seconds=8",
+        "seconds=4",
         "lengths=[64,128]",
         "shares=[0.5,0.5]",
         "step_tokens=256",

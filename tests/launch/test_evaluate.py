@@ -12,13 +12,12 @@ from support.worlds import free_port, rank_environment, run_processes, run_world
 from fulmen.launch.evaluate import EvaluateConfig, evaluate
 from fulmen.launch.generate import GenerateConfig, sample
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.run import run
 
 
 def train(device: torch.device, config: RunConfig) -> Path:
-    return run(config, build_mesh(config.parallel, device), "tiny")
+    return run(config, device, "tiny")
 
 
 @pytest.fixture(scope="module")
