@@ -20,6 +20,7 @@ DOCUMENTS = [
     "docs/kernels.md",
     "docs/data.md",
     "docs/huggingface.md",
+    "docs/vision.md",
     "docs/parallelism.md",
 ]
 # `make test` is what runs this.
