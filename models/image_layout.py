@@ -150,6 +150,11 @@ def _padding(width: int, height: int, rows: int, columns: int) -> tuple[int, int
     return 0, (columns - int(round(width * (rows / height), 7))) // 2
 
 
+def tile_range(num_tiles: int, part: int, num_parts: int) -> tuple[int, int]:
+    """First tile and end of a part; parts differ by one tile at most."""
+    return num_tiles * part // num_parts, num_tiles * (part + 1) // num_parts
+
+
 def token_sources(layout: ImageLayout, first_tile: int = 0) -> np.ndarray:
     """`[num_tokens]` int64: the patch that each image token shows, or `NEWLINE`.
 

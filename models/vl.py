@@ -31,7 +31,9 @@ class Images:
     sources: Tensor
     """`[image_tokens]` int64: the patch that each shows, or `NEWLINE`; see `token_sources`.
 
-    Patches are counted over the micro-batch's tiles, those of other ranks of a row included."""
+    Patches are counted as `collect` gives them: all of `pixels`, or those that came by `route`."""
+    route: Any = None
+    """Handed on to `collect`, where a row is spread over ranks; see parallel/patches.py."""
 
 
 class Projector(nn.Module):
@@ -68,16 +70,16 @@ class VisionLanguageModel(TextModel):
         embeddings = self.embed_tokens(input_ids)
         if images is None:
             return embeddings
-        patches = self.collect(self.vision_tower(images.pixels).flatten(0, 1))
+        patches = self.collect(self.vision_tower(images.pixels).flatten(0, 1), images)
         features = self.image_features(patches, images.sources)
         flat = embeddings.flatten(0, 1).index_copy(0, images.places, features.to(embeddings.dtype))
         return flat.view_as(embeddings)
 
-    def collect(self, patches: Tensor) -> Tensor:
+    def collect(self, patches: Tensor, images: Images) -> Tensor:
         """`[patches, vision_size]` of this rank's tiles; a seam of sequence parallelism.
 
         Where a row is spread over ranks, so are its tiles, but not in the same way: gives the
-        features of all patches that `sources` count, in their order.
+        features of all patches that `images.sources` count, in their order.
         """
         return patches
 

@@ -19,6 +19,17 @@ from fulmen.models.lightning import LightningAttention
 from fulmen.models.moe import Experts, MoE, Router
 from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, Head, TextModel
+from fulmen.models.vision import (
+    PatchEmbedding,
+    VisionAttention,
+    VisionBlock,
+    VisionEmbeddings,
+    VisionEncoder,
+    VisionMLP,
+    VisionTower,
+    VisionTransformer,
+)
+from fulmen.models.vl import Projector, VisionLanguageModel
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.rendezvous import name_ranks
 from fulmen.parallel.seams import filled_with
@@ -28,14 +39,20 @@ ROW_SEAMS = {
     "begin": "needs what comes before its tokens",
     "attend": "attends to other tokens",
     "count_over_row": "counts over a whole row",
+    "collect": "shows patches of any rank's tiles",
 }
 """Method -> why a layer that has it needs another one where rows are spread."""
 EXPERT_SEAMS = {"dispatch": "sends tokens to experts"}
-TOKEN_WISE = (nn.Embedding, nn.Linear, RMSNorm, Router, Head)
-"""Look at one token at a time: nothing to do, wherever the tokens are."""
-MIXING = (LightningAttention, SoftmaxAttention, MoE, Experts)
+TOKEN_WISE = (nn.Embedding, nn.Linear, RMSNorm, Router, Head, nn.LayerNorm, PatchEmbedding)
+"""Look at one token, or patch, at a time: nothing to do, wherever the tokens are."""
+TILE_WISE = (VisionEmbeddings, VisionAttention)
+"""Look at one tile of an image at a time, which is never cut: nothing to do, wherever it is run."""
+MIXING = (LightningAttention, SoftmaxAttention, MoE, Experts, VisionLanguageModel)
 """Have seams."""
-CONTAINERS = (TextModel, Block, nn.ModuleList)
+CONTAINERS = (
+    *(TextModel, Block, nn.ModuleList, Projector),
+    *(VisionTower, VisionTransformer, VisionEncoder, VisionBlock, VisionMLP),
+)
 """Only call what is inside."""
 EXPERT_AXES = ("ep", "etp")
 """Mesh axes along which ranks hold other weights; along all others gradients are summed."""
@@ -66,7 +83,7 @@ def _layer_rows(model: nn.Module, config: ParallelConfig) -> list[Row]:
     numbers: dict[tuple[str, str, str], int] = {}
     for name, module in model.named_modules():
         kind = _kind(module)
-        if kind not in TOKEN_WISE + MIXING + CONTAINERS:
+        if kind not in TOKEN_WISE + TILE_WISE + MIXING + CONTAINERS:
             raise TypeError(
                 f"{name} ({kind.__name__}) is of a type that parallel/audit.py does not know: say "
                 "there whether it looks at one token at a time, and give it a plan if it does not"
@@ -86,7 +103,8 @@ def _layer_rows(model: nn.Module, config: ParallelConfig) -> list[Row]:
             key = "moe.global_router"
             plans = [_seams(name, module, shared, spread=True, key=key), experts]
             experts = "; ".join(filter(None, plans))
-        row = (kind.__name__, tokens or "each by itself", experts or "-")
+        alone = "within a tile" if kind in TILE_WISE else "each by itself"
+        row = (kind.__name__, tokens or alone, experts or "-")
         numbers[row] = numbers.get(row, 0) + 1
     return [(kind, str(number), *plan) for (kind, *plan), number in numbers.items()]
 

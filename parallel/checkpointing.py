@@ -13,6 +13,9 @@ again backward (models/chunks.py). With it `full` leaves the expert sublayer, wh
 more than its input, out of its second pass, and keeps the output of softmax attention, whose cost
 grows with the square of the length; over cp ranks its inputs too, for there it is no torch op.
 
+The blocks of a vision tower follow the same policy: `selective` computes their norms and GELU
+again. Chunks do not concern them; tiles are short rows.
+
 `trainer.offload_checkpoints` keeps the inputs that `full` keeps in pinned host memory. They leave
 by a stream of their own while the half of a block that made them goes on, and come back while the
 half behind it is in its backward pass.
@@ -23,7 +26,7 @@ not at all (selective). The model draws no random numbers, so there is no genera
 docs/memory.md counts what each policy costs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -39,6 +42,7 @@ from torch.utils.checkpoint import (
 
 from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block
+from fulmen.models.vision import VisionBlock
 from fulmen.parallel.offload import HostMemory, Kept, keep_here
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
@@ -46,6 +50,7 @@ _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
 def checkpoint_activations(
     blocks: Sequence[Block],
+    tower: Iterable[VisionBlock],
     policy: str,
     *,
     chunk_tokens: int | None,
@@ -55,9 +60,14 @@ def checkpoint_activations(
 ) -> None:
     """Let the blocks of a model keep what `policy` says; the keys are checked in the config.
 
-    `over_ranks` says whether ranks share rows.
+    `tower` are those of a vision tower. `over_ranks` says whether ranks share rows.
     """
     host = HostMemory(device) if offload else None
+    for seeing in tower:
+        if policy == "selective":
+            _repeat(seeing, "forward", None, _is_costly)
+        elif policy == "full":
+            _repeat(seeing, "forward", host)
     for block in blocks:
         if chunk_tokens is not None:
             block.chunk_tokens = chunk_tokens

@@ -9,11 +9,13 @@ from fulmen.models.lightning import LightningAttention
 from fulmen.models.moe import MoE
 from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, TextModel
+from fulmen.models.vl import VisionLanguageModel
 from fulmen.parallel.checkpointing import checkpoint_activations
 from fulmen.parallel.config import ParallelConfig, check_experts
 from fulmen.parallel.expert import spread_experts
 from fulmen.parallel.lasp import spread_lightning
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.patches import collect_patches
 from fulmen.parallel.router import shared_allowance
 from fulmen.parallel.seams import fill_seam
 from fulmen.parallel.sequence import sum_counts
@@ -43,8 +45,11 @@ def parallelize(
     for block in blocks:
         if compile_blocks:
             block.compile()
+    # The tower is not compiled: there would be a graph for each number of tiles.
+    tower = model.vision_tower if isinstance(model, VisionLanguageModel) else None
     checkpoint_activations(
         blocks,
+        () if tower is None else tower.layers,
         activation_checkpointing,
         chunk_tokens=chunk_tokens,
         offload=offload_checkpoints,
@@ -64,6 +69,8 @@ def parallelize(
         engine.shard(block.block_sparse_moe.gate, dense_stage, dtype=torch.float32)
         engine.shard(block.block_sparse_moe.experts, expert_stage, experts=True)
         engine.shard(block, dense_stage)
+    for part in () if tower is None else (*tower.layers, tower, model.multi_modal_projector):
+        engine.shard(part, dense_stage)
     for module in (model.embed_tokens, model.lm_head, model):
         engine.shard(module, dense_stage)
 
@@ -95,6 +102,9 @@ def spread_rows(model: TextModel, mesh: Mesh, config: ParallelConfig) -> None:
                 f"{name} ({type(module).__name__}) attends to other tokens, but parallel/plan.py "
                 "has no way to spread it over parallel.cp ranks"
             )
+        elif isinstance(module, VisionLanguageModel):
+            collect = partial(collect_patches, mesh.cp_group)
+            fill_seam(module, "collect", collect, "tiles in equal shares, patches to their tokens")
         elif isinstance(module, MoE):
             count = partial(sum_counts, mesh.cp_group)
             fill_seam(module, "count_over_row", count, "sum of the router's counts")

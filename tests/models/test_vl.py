@@ -304,7 +304,7 @@ def test_a_row_spread_over_ranks() -> None:
     whole = model.embed(ids, images)
     wanted = gradients((whole[0] * weights).sum())
     patches = torch.cat([model.vision_tower(t) for t in images.pixels.split(3)]).flatten(0, 1)
-    model.collect = lambda own: patches
+    model.collect = lambda own, images: patches
     embedded, cut = [], 23
     for first, end in ((0, cut), (cut, ids.shape[1])):
         own = (images.places >= first) & (images.places < end)

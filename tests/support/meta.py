@@ -41,6 +41,7 @@ def meta_model(config: RunConfig) -> TextModel:
         parameter.data = parameter.data.to(torch.float32 if ".gate." in name else dtype)
     checkpointing.checkpoint_activations(
         cast(list[Block], list(model.layers)),
+        [],
         config.trainer.activation_checkpointing,
         chunk_tokens=config.trainer.chunk_tokens,
         offload=False,
