@@ -39,6 +39,7 @@ setup(
         "rich",
         "matplotlib",
         "zstandard",
+        "pillow",
     ],
     extras_require={
         "dev": [

@@ -64,6 +64,8 @@ class PrepareConfig:
     """Text, in MB, from which a tokenizer is trained, drawn evenly from the input files."""
     end_of_document: str = "<end_of_document>"
     """Name of the token put after each document; the tokenizer must have it."""
+    special_tokens: list[str] = field(default_factory=list)
+    """More special tokens of a trained tokenizer, as prepare_images needs them."""
     text_field: str = "text"
     """Field (jsonl) or column (parquet) which holds the text."""
     document_per: str = "file"
