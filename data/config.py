@@ -88,6 +88,62 @@ class PrepareConfig:
 
 
 @dataclass
+class PrepareImagesConfig:
+    """One run of launch/prepare_images.py."""
+
+    input: Any = MISSING
+    """Tars (webdataset), parquet or jsonl: files, globs, folders, or a list of them."""
+    output: str = MISSING
+    """Folder to write; one folder is one source of a mixture."""
+    held_out: Any = None
+    """Files, globs or folders all of whose documents go to the split "valid"."""
+    tokenizer: str = "train"
+    """tokenizer.json, a folder which holds one, or "train" for a byte-level BPE of this input."""
+    vocab_size: int = 8192
+    """Entries of a trained tokenizer, special tokens included."""
+    train_sample_mb: float = 50.0
+    """Text, in MB, from the start of the input, from which a tokenizer is trained."""
+    end_of_document: str = "<end_of_document>"
+    """Name of the token put after each document."""
+    image_token: str = "<image>"
+    """Name of the token that stands, once for each, where an image's features go."""
+    begin_turn: str = "<beginning_of_sentence>"
+    """Name of the token that begins a turn of a conversation."""
+    end_turn: str = "<end_of_sentence>"
+    """Name of the token that ends it; the assistant learns to give it."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Names that the input has for text, messages, prompt, chosen, rejected, image or images."""
+    resolution: str = "dynamic"
+    """dynamic: a thumbnail and a grid of tiles; fixed: the thumbnail alone."""
+    tile_size: int = 336
+    """Pixels of a tile's side."""
+    patch_size: int = 14
+    """Pixels of a patch's side; one token each."""
+    max_side: int = 6
+    """Tiles along one side of a grid."""
+    max_tiles: int = 18
+    """Tiles of a grid."""
+    max_tokens: int = 8192
+    """Tokens of a document, image tokens included; a longer one is rejected, for none is cut."""
+    max_image_pixels: int = 50_000_000
+    """Pixels that an image may have, by its header."""
+    max_aspect_ratio: float = 100.0
+    """Longer by shorter side that an image may have."""
+    max_image_mb: float = 64.0
+    """Megabytes that the file of an image, or the text of a record, may have."""
+    validation_fraction: float = 0.005
+    """Share of documents, by a hash of their first image, which goes to the split "valid"."""
+    shard_tokens: int = 100_000_000
+    """Tokens, of all splits, after which a shard is closed; a killed run loses at most one."""
+    shard_mb: float = 2048.0
+    """Megabytes of images after which a shard is closed."""
+    max_rejected_fraction: float = 0.5
+    """Fail when more than this share of records is broken."""
+    num_workers: int = 0
+    """Processes; 0 takes every core this process may use. What is written does not depend on it."""
+
+
+@dataclass
 class RetrievalConfig:
     """One run of launch/make_retrieval.py."""
 

@@ -3,12 +3,11 @@
 A picture is decoded to 8-bit RGB, fitted into the best of the grid shapes, cut row by row into
 square tiles, and preceded by a thumbnail. Pixels are those of transformers'
 `LlavaNextImageProcessor` (its Pillow version), bit for bit. Tiles stay uint8 until they are on the
-device: a quarter of the bytes to move, and the normalisation costs nothing there.
+device (`image_batches.normalise_tiles`): a quarter of the bytes to move.
 
 What cannot be an image is an `ImageError` with one of a few kinds, so that it can be counted.
 """
 
-import functools
 import io
 import math
 import struct
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import (  # the plugins, because Pillow knows only formats that were imported
     BmpImagePlugin,  # noqa: F401
     GifImagePlugin,  # noqa: F401
@@ -29,7 +27,6 @@ from PIL import (  # the plugins, because Pillow knows only formats that were im
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
 )
-from torch import Tensor
 
 from fulmen.models.image_layout import ImageLayout, Tiling, image_layout
 
@@ -76,6 +73,9 @@ def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             rotation = _exif_rotation(image)
+            if image.format == "PNG":
+                # Its checksums tell noise from pixels; Pillow looks at none of them by itself.
+                Image.open(io.BytesIO(data), formats=FORMATS).verify()
             image.load()
             upright = _to_rgb(image)
     except MemoryError:
@@ -108,6 +108,8 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
             warnings.simplefilter("ignore")  # we have a limit of our own
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
+        if data.startswith(b"\x89PNG") and 0 in struct.unpack(">II", data[16:24].ljust(8, b"x")):
+            raise ImageError("zero_sized", "a PNG without pixels") from None
         raise ImageError("not_an_image", f"not one of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", _one_line(error)) from None
@@ -190,19 +192,6 @@ def image_tiles(data: bytes, tiling: Tiling, limits: ImageLimits) -> tuple[Pixel
     image = decode_image(data, limits)
     layout = layout_of(image.size, tiling)
     return cut_tiles(image, layout), layout
-
-
-def normalise_tiles(tiles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the tower takes: uint8 `[..., 3, tile, tile]`, on any device, by CLIP's mean and std."""
-    scale, shift = _clip(tiles.device)
-    return torch.addcmul(shift, tiles.float(), scale).to(dtype)
-
-
-@functools.lru_cache(maxsize=8)
-def _clip(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and summand `[3, 1, 1]` of the normalisation: copied to a device once."""
-    mean, std = (torch.tensor(one).reshape(3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
-    return (1 / (255 * std)).to(device), (-mean / std).to(device)
 
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -173,7 +173,9 @@ def _write_shards(
     chunks = read_chunks(files, text_field=config.text_field, start=start)
     writer = new_writer()
     with _Bar(files, start, shards, console) as bar:
-        for chunk, encoded in encode_chunks(encode, chunks, num_workers=_num_workers(config)):
+        for chunk, encoded in encode_chunks(
+            encode, chunks, num_workers=num_workers(config.num_workers)
+        ):
             ends = np.cumsum(np.maximum(encoded.lengths, 0))
             begin = 0
             while begin < len(ends):
@@ -193,8 +195,9 @@ def _write_shards(
     return shards
 
 
-def _num_workers(config: PrepareConfig) -> int:
-    return config.num_workers or len(os.sched_getaffinity(0))
+def num_workers(given: int) -> int:
+    """Processes of a preparation: as many as given, or one a core."""
+    return given or len(os.sched_getaffinity(0))
 
 
 class _Bar:
@@ -309,7 +312,7 @@ def _finish(
             "shards": parts,
         }
         console.print(f"split {split}: {documents:,} documents, {tokens:,} tokens")
-        _print_lengths(lengths, tokens, console)
+        print_lengths(lengths, tokens, console)
         if not documents and (split == "train" or config.validation_fraction):
             console.print(
                 f"warning: split {split} is empty: change validation_fraction="
@@ -319,7 +322,8 @@ def _finish(
     console.print(f"{output} is whole: vocab_size={manifest['vocab_size']}")
 
 
-def _print_lengths(lengths: list[dict[str, int]], tokens: int, console: Console) -> None:
+def print_lengths(lengths: list[dict[str, int]], tokens: int, console: Console) -> None:
+    """One line for each row of `length_histogram`."""
     for row in lengths:
         console.print(
             f"  {row['from']:>10,} to {2 * row['from'] - 1:>10,} tokens: "

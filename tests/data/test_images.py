@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from fulmen.data.image_batches import normalise_tiles
 from fulmen.data.images import (
     ImageError,
     ImageLimits,
     decode_image,
     image_size,
     image_tiles,
-    normalise_tiles,
 )
 from fulmen.models.image_layout import RELEASED, Tiling
 
