@@ -13,6 +13,7 @@ IMAGE_COLUMNS = ("document", "first", "tokens", "tiles", "width", "height", "off
 """Of a shard's image index: place of its document in the shard, first token in that, ..."""
 DOCUMENT_COLUMNS = ("labels", "chosen", "images", "tiles", "image_tokens")
 """Of a shard's index of documents; `chosen` is the length of a pair's first half, or 0."""
+LABELS, CHOSEN, IMAGES, TILES, IMAGE_TOKENS = range(len(DOCUMENT_COLUMNS))
 _IntArray = npt.NDArray[np.int64]
 
 

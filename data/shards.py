@@ -101,9 +101,8 @@ class PreparedSplit:
             whole = own and verify
             for kind in (key.removesuffix("_file") for key in shard if key.endswith("_file")):
                 checked = own if "index" in kind else whole
-                self._check(
-                    *(shard[f"{kind}_{key}"] for key in ("file", "bytes", "sha256")), checked
-                )
+                file, size, sha256 = (shard[f"{kind}_{key}"] for key in ("file", "bytes", "sha256"))
+                self._check(file, size, sha256, checked)
 
         if len(shards) > 100:
             # Each map holds a file open, and the usual soft limit is 1024.

@@ -23,6 +23,7 @@ class Workers:
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
         self._pool: ProcessPoolExecutor | None = None
+        self._single: ProcessPoolExecutor | None = None
 
     def map(
         self,
@@ -48,30 +49,21 @@ class Workers:
 
     def close(self) -> None:
         """End the processes; the next job would start new ones."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        for pool in (self._pool, self._single):
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = self._single = None
 
     def _submit(
         self, function: Callable[[Job], Result], job: Job
     ) -> tuple[Future[Result], ProcessPoolExecutor]:
-        try:
-            pool = self._open()
-            return pool.submit(function, job), pool
-        except BrokenProcessPool:
-            self.close()
-            pool = self._open()
-            return pool.submit(function, job), pool
-
-    def _open(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            # spawn: threads of CUDA and of arrow may hold locks that fork would keep.
-            self._pool = ProcessPoolExecutor(
-                self._num_workers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=start_worker,
-            )
-        return self._pool
+        for _ in range(2):
+            self._pool = self._pool or _start(self._num_workers)
+            try:
+                return self._pool.submit(function, job), self._pool
+            except BrokenProcessPool:
+                self._pool = None
+        raise RuntimeError("the worker processes die as soon as they start")
 
     def _result(
         self,
@@ -86,12 +78,20 @@ class Workers:
             return future.result()
         except BrokenProcessPool:
             if self._pool is pool:
-                self.close()
-        # Alone in a pool of one, so that no other job can be the cause.
-        with ProcessPoolExecutor(
-            1, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
-        ) as alone:
-            try:
-                return alone.submit(function, job).result()
-            except BrokenProcessPool:
-                return lost(job)
+                self._pool = None
+        # In a process by itself, so that no other job can be the cause.
+        self._single = self._single or _start(1)
+        try:
+            return self._single.submit(function, job).result()
+        except BrokenProcessPool:
+            self._single = None
+            return lost(job)
+
+
+def _start(num_workers: int) -> ProcessPoolExecutor:
+    # spawn: threads of CUDA and of arrow may hold locks that fork would keep.
+    return ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+    )
