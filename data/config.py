@@ -173,3 +173,33 @@ class RetrievalConfig:
     """Keys of the language of words; a document has at most as many questions."""
     num_workers: int = 0
     """Processes; 0 takes every core this process may use. What is written does not depend on it."""
+
+
+@dataclass
+class MakeImagesConfig:
+    """One run of launch/make_images.py."""
+
+    output: str = MISSING
+    """Folder to write: tars for launch/prepare_images.py in captions, conversations and pairs."""
+    seed: int = 0
+    """Of all records."""
+    captions: int = 2000
+    """Pictures with a caption."""
+    conversations: int = 2000
+    """Conversations about one or two pictures."""
+    pairs: int = 500
+    """Pairs of a right and a wrong answer."""
+    held_out: int = 200
+    """Records of each sort with texts that the others never have, in held_out-*.tar."""
+    kinds: list[str] = field(default_factory=lambda: ["digits", "words"])
+    """What is written: digits, words, or handwritten (scikit-learn's digits)."""
+    letters: list[int] = field(default_factory=lambda: [2, 4])
+    """Least and most digits or letters."""
+    width: list[int] = field(default_factory=lambda: [48, 160])
+    """Least and most pixels."""
+    height: list[int] = field(default_factory=lambda: [32, 96])
+    """Least and most pixels."""
+    text_pairs: float = 0.3
+    """Share of pairs without a picture."""
+    shard_records: int = 1000
+    """Records of one tar."""
