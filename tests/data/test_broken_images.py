@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from support.pictures import encoded, picture, prepare, write_jsonl, write_tar
 
+from fulmen.data.images import ImageError, ImageLimits, decode_image
 from fulmen.data.shards import PreparedSplit
 
 GOOD = encoded(picture(), "JPEG")
@@ -192,6 +193,31 @@ def test_what_only_looks_broken_is_taken(tmp_path: Path) -> None:
     manifest = prepare(str(write_jsonl(tmp_path / "x.jsonl", lines)), tmp_path / "out")
     assert manifest["documents"] == len(good)
     assert manifest["rejected"] == 0
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_noise_in_a_file_is_an_image_or_an_image_error(kind: str) -> None:
+    """No codec, header or tag lets another exception out."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {} if kind in ("GIF", "BMP") else {"exif": exif}
+    whole = encoded(picture(), kind, **options)
+    rng = np.random.default_rng(0)
+    outcomes = {True: 0, False: 0}
+    for number in range(300):
+        data = np.frombuffer(whole, np.uint8).copy()
+        # Half of them in the header, where most of what is believed stands.
+        reach = len(data) if number % 2 else min(200, len(data))
+        places = rng.integers(0, reach, rng.integers(1, 6))
+        data[places] = rng.integers(0, 256, len(places))
+        try:
+            image = decode_image(data.tobytes(), ImageLimits(max_pixels=10**6))
+        except ImageError:
+            outcomes[False] += 1
+        else:
+            assert image.mode == "RGB"
+            outcomes[True] += 1
+    assert outcomes[False] > 5
 
 
 def test_too_much_broken_is_an_error(tmp_path: Path) -> None:
