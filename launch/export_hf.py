@@ -23,6 +23,7 @@ from fulmen.models.hf import (
     parameter_shapes,
     released_layout,
     to_hf_config,
+    to_preprocessor_config,
 )
 from fulmen.trainer.manifest import verify
 from fulmen.trainer.weights import CheckpointWeights, load_model_config, load_run_config, new_folder
@@ -40,7 +41,8 @@ class ExportConfig:
     output: str = MISSING
     """Folder to make."""
     format: str = "released"
-    """Kind of config.json: released (minimax_text_01) or transformers (its MiniMax class)."""
+    """Kind of config.json: released (minimax_text_01, minimax_vl_01) or transformers (its MiniMax
+    class; text models only)."""
     dtype: str = "bfloat16"
     """bfloat16 (the weights are rounded) or float32 (exact)."""
     max_shard_gib: float = 5.0
@@ -116,7 +118,7 @@ def _write_shards(
             shutil.copymode(folder / "config.json", folder / name)  # safetensors makes it 0600
             weight_map |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    _write_json(folder / INDEX, index)
 
 
 def _released_tensors(
@@ -126,7 +128,7 @@ def _released_tensors(
     first, end, rows = 0, 0, torch.empty(0)
     for slot in layout.values():
         if slot.expert is None:
-            yield weights.read(slot.name, dtype=dtype)
+            yield weights.read(slot.name, dtype=dtype).view(slot.shape)
             continue
         if slot.expert == 0:
             groups = iter(weights.row_groups(slot.name))
@@ -145,7 +147,13 @@ def _write_config(folder: Path, model: ModelConfig, config: ExportConfig, run: A
             "max_position_embeddings"
         )
     values = to_hf_config(model, config.format, max_position_embeddings=seq_len, dtype=config.dtype)
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    _write_json(folder / "config.json", values)
+    if model.vision is not None:
+        _write_json(folder / "preprocessor_config.json", to_preprocessor_config(model.vision))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _copy_tokenizer(folder: Path, run: Any, console: Console) -> None:

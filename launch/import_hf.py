@@ -20,6 +20,7 @@ from fulmen.models.hf import (
     is_decay_buffer,
     parameter_shapes,
     released_layout,
+    text_values,
 )
 from fulmen.trainer.weights import Piece, save_weights
 
@@ -93,8 +94,9 @@ def import_released(config: ImportConfig, console: Console) -> None:
     files = ReleasedFiles(folder, model)
     pieces = weight_pieces(files, model)
     run: dict[str, Any] = {"model": asdict(model)}
-    if values.get("max_position_embeddings") is not None:
-        run["data"] = {"seq_len": int(values["max_position_embeddings"])}
+    longest = text_values(values).get("max_position_embeddings")
+    if longest is not None:
+        run["data"] = {"seq_len": int(longest)}
     with progress_bar(console) as progress:
         total = sum(4 * piece.size.numel() for piece in pieces)
         task = progress.add_task("import", total=total)

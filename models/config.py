@@ -1,8 +1,41 @@
-"""Shapes of a Text-01 model. The dataclasses are also the schema of the Hydra groups."""
+"""Shapes of a Text-01 or VL-01 model. The dataclasses are also the schema of the Hydra groups."""
 
 from dataclasses import dataclass
 
 from omegaconf import MISSING
+
+from fulmen.models.image_layout import Tiling
+
+
+@dataclass
+class VisionConfig:
+    """The `model.vision` group: the tower that sees, and what an image becomes."""
+
+    num_layers: int = MISSING
+    """Transformer blocks of the tower."""
+    hidden_size: int = MISSING
+    """Width of the tower's residual stream."""
+    num_attention_heads: int = MISSING
+    """Heads; each takes an equal part of hidden_size."""
+    mlp_hidden_size: int = MISSING
+    """Inner width of a block's MLP."""
+    tile_size: int = MISSING
+    """Pixels of a tile's side, for which there are position embeddings."""
+    patch_size: int = MISSING
+    """Pixels of a patch's side; one image token each."""
+    image_token_id: int = MISSING
+    """Token that stands for each patch and each end of a row."""
+    layer_norm_eps: float = 1.0e-5
+    """Epsilon of the tower's norms."""
+    max_tiles_per_side: int = 6
+    """Tiles along one side of an image's grid."""
+    max_tiles: int = 18
+    """Tiles of an image's grid, without the thumbnail."""
+
+    @property
+    def tiling(self) -> Tiling:
+        """Tiles and grids, as `image_layout` takes them."""
+        return Tiling(self.tile_size, self.patch_size, self.max_tiles_per_side, self.max_tiles)
 
 
 @dataclass
@@ -41,6 +74,8 @@ class ModelConfig:
     """Weight of the normalised residual; null = (2 num_layers)^0.25 (DeepNorm)."""
     residual_beta: float = 1.0
     """Weight of each sublayer's output at run time."""
+    vision: VisionConfig | None = None
+    """The vision tower; null = a text model."""
 
     @property
     def alpha(self) -> float:
@@ -109,6 +144,8 @@ def check_model(config: ModelConfig, moe: MoEConfig) -> None:
             f"model.num_experts_per_token={config.num_experts_per_token} exceeds "
             f"model.num_experts={config.num_experts}"
         )
+    if config.vision is not None:
+        _check_vision(config.vision, config.vocab_size)
     if config.softmax_every < 0:
         raise ValueError(f"model.softmax_every={config.softmax_every}: must be 0 or more")
     if moe.capacity_factor is not None and moe.capacity_factor <= 0:
@@ -121,4 +158,31 @@ def check_model(config: ModelConfig, moe: MoEConfig) -> None:
     if moe.aux_loss_scope not in ("micro_batch", "global"):
         raise ValueError(
             f"moe.aux_loss_scope={moe.aux_loss_scope}: must be one of micro_batch, global"
+        )
+
+
+def _check_vision(vision: VisionConfig, vocab_size: int) -> None:
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "mlp_hidden_size",
+        "tile_size",
+        "patch_size",
+        "max_tiles_per_side",
+        "max_tiles",
+    ):
+        value = getattr(vision, name)
+        if value < 1:
+            raise ValueError(f"model.vision.{name}={value}: must be at least 1")
+    for whole, part in (("hidden_size", "num_attention_heads"), ("tile_size", "patch_size")):
+        size, share = getattr(vision, whole), getattr(vision, part)
+        if size % share:
+            raise ValueError(
+                f"model.vision.{whole}={size} is not a multiple of model.vision.{part}={share}"
+            )
+    if not 0 <= vision.image_token_id < vocab_size:
+        raise ValueError(
+            f"model.vision.image_token_id={vision.image_token_id}: must be a row of the embedding, "
+            f"below model.vocab_size={vocab_size}"
         )

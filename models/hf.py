@@ -1,16 +1,21 @@
-"""Names, shapes and config.json of the released Text-01 checkpoint, mapped to ours and back.
+"""Names, shapes and config.json of the released checkpoints, mapped to ours and back.
 
-No file is read or written here. Two kinds of config.json describe one set of tensors: the release's
-own (`minimax_text_01`) and that of transformers' MiniMax class (`minimax`).
+No file is read or written here. Two kinds of config.json describe one set of Text-01's tensors: the
+release's own (`minimax_text_01`) and that of transformers' MiniMax class (`minimax`). VL-01 has its
+own alone (`minimax_vl_01`), around that of its text model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from fulmen.models.config import ModelConfig, MoEConfig, check_model
-from fulmen.models.text import TextModel
+from fulmen.models.config import ModelConfig, MoEConfig, VisionConfig, check_model
+from fulmen.models.image_layout import PIXEL_MEAN, PIXEL_STD
+from fulmen.models.vision import CHANNELS
+from fulmen.models.vl import build_model
 
 FORMATS = ("released", "transformers")
 DECAY_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
@@ -45,6 +50,29 @@ _FIXED = {
     "quantization_config": None,
 }
 """What fulmen's model can not vary: key -> the only value."""
+_VISION_SIZE_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "mlp_hidden_size": "intermediate_size",
+    "tile_size": "image_size",
+    "patch_size": "patch_size",
+}
+_VISION_FIXED = {
+    "model_type": "clip_vision_model",
+    "hidden_act": "gelu",
+    "num_channels": CHANNELS,
+    "attention_dropout": 0.0,
+}
+_VL_FIXED = {
+    "multimodal_projector_bias": True,
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+}
+_VISION_NAMES = ("vision_tower.", "multi_modal_projector.", "image_newline")
+"""Beginnings of our names that are the released ones; the others are the text model's."""
 
 
 class Slot(NamedTuple):
@@ -61,28 +89,41 @@ class Slot(NamedTuple):
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Our parameter names and shapes, in the model's order; no memory is taken."""
     with torch.device("meta"):
-        model = TextModel(config, MoEConfig())
+        model = build_model(config, MoEConfig())
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def released_layout(config: ModelConfig) -> dict[str, Slot]:
     """Released key -> where it lives; keys of one stacked parameter follow each other."""
+    text = "" if config.vision is None else "language_model."
     layout = {}
     for name, shape in parameter_shapes(config).items():
+        if name.startswith(_VISION_NAMES):
+            layout[name] = Slot(name, None, _vision_shape(name, shape))
+            continue
         stem, _, matrix = name.rpartition(".experts.")
         if stem:
             for expert in range(shape[0]):
-                layout[f"model.{stem}.experts.{expert}.{matrix}.weight"] = Slot(
-                    name, expert, shape[1:]
-                )
+                key = f"{text}model.{stem}.experts.{expert}.{matrix}.weight"
+                layout[key] = Slot(name, expert, shape[1:])
         else:
             key = name if name.startswith("lm_head.") else f"model.{name}"
-            layout[key] = Slot(name, None, shape)
+            layout[text + key] = Slot(name, None, shape)
     return layout
+
+
+def _vision_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Released shape: the patches' linear map is a convolution there, the same numbers in order."""
+    if not name.endswith("patch_embedding.weight"):
+        return shape
+    side = math.isqrt(shape[1] // CHANNELS)
+    return shape[0], CHANNELS, side, side
 
 
 def is_decay_buffer(key: str, config: ModelConfig) -> bool:
     """Whether `key` is one of the decay buffers of a lightning layer of this model."""
+    if config.vision is not None:
+        key = key.removeprefix("language_model.")
     parts = key.split(".")
     return (
         len(parts) == 5
@@ -123,6 +164,19 @@ def to_hf_config(
     """config.json of the given format; `ValueError` for a model that it can not describe."""
     if format not in FORMATS:
         raise ValueError(f"format={format}: must be one of {', '.join(FORMATS)}")
+    if config.vision is not None:
+        if format != "released":
+            raise ValueError(
+                f"format={format}: a model with model.vision is no MiniMax of transformers, which "
+                "is a text model: use format=released"
+            )
+        text = to_hf_config(
+            replace(config, vision=None),
+            format,
+            max_position_embeddings=max_position_embeddings,
+            dtype=dtype,
+        )
+        return _vl_config(config.vision, text)
     if config.lightning_norm_eps != _LIGHTNING_NORM_EPS:
         raise ValueError(
             f"model.lightning_norm_eps={config.lightning_norm_eps}: config.json has no key for it, "
@@ -177,18 +231,87 @@ def to_hf_config(
     return dict(sorted(values.items()))
 
 
+def _vl_config(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of VL-01 around that of its text model."""
+    sizes = {theirs: getattr(vision, ours) for ours, theirs in _VISION_SIZE_KEYS.items()}
+    vision_values = {
+        **_VISION_FIXED,
+        **sizes,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "projection_dim": text["hidden_size"],
+    }
+    values = {
+        **_VL_FIXED,
+        "architectures": ["MiniMaxVL01ForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_grid_pinpoints": [list(pair) for pair in vision.tiling.pinpoints],
+        "image_seq_length": vision.tiling.patches_per_tile,
+        "image_token_index": vision.image_token_id,
+        "model_type": "minimax_vl_01",
+        "text_config": dict(text),
+        "torch_dtype": text["torch_dtype"],
+        "vision_config": dict(sorted(vision_values.items())),
+    }
+    return dict(sorted(values.items()))
+
+
+def to_preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
+    """preprocessor_config.json: how tiles are made of an image, in the words of transformers."""
+    side = {"height": vision.tile_size, "width": vision.tile_size}
+    return {
+        "do_center_crop": False,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": False,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_grid_pinpoints": [list(pair) for pair in vision.tiling.pinpoints],
+        "image_mean": list(PIXEL_MEAN),
+        "image_processor_type": "MiniMaxVL01ImageProcessor",
+        "image_std": list(PIXEL_STD),
+        "patch_size": vision.patch_size,
+        "process_image_mode": "anyres",
+        "processor_class": "MiniMaxVL01Processor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": side,
+    }
+
+
+def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the text model: all of it but for VL-01."""
+    if values.get("model_type") != "minimax_vl_01":
+        return values
+    text = _required(values, "text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError("text_config: is not a JSON object")
+    # Written as a list of one in VL-01's.
+    listed = text.get("shared_intermediate_size") == [0]
+    return {**text, "shared_intermediate_size": 0} if listed else text
+
+
 def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes; `ValueError` naming the key if fulmen has no such."""
     model_type = values.get("model_type")
+    if model_type == "minimax_vl_01":
+        config = from_hf_config(text_values(values))
+        config.vision = _from_vl_config(values)
+        check_model(config, MoEConfig())
+        return config
     formats = {"minimax_text_01": "released", "minimax": "transformers"}
     if model_type not in formats:
-        raise ValueError(f"model_type={model_type}: must be one of {', '.join(formats)}")
+        known = ", ".join([*formats, "minimax_vl_01"])
+        raise ValueError(f"model_type={model_type}: must be one of {known}")
     format = formats[model_type]
     _refuse_what_differs(values, format)
     if values.get("head_dim") is None:
         share = _required(values, "hidden_size") // _required(values, "num_attention_heads")
         values = {**values, "head_dim": share}
-    sizes = {ours: int(_required(values, theirs)) for ours, theirs in _SIZE_KEYS.items()}
+    sizes: dict[str, Any] = {
+        ours: int(_required(values, theirs)) for ours, theirs in _SIZE_KEYS.items()
+    }
     alphas = _ALPHA_KEYS[format]
     alpha = _shared_value(values, alphas)
     config = ModelConfig(
@@ -207,10 +330,48 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-def _refuse_what_differs(values: Mapping[str, Any], format: str) -> None:
-    for key, only in _FIXED.items():
+def _from_vl_config(values: Mapping[str, Any]) -> VisionConfig:
+    """The tower and the images of VL-01's config.json."""
+    _refuse_other_values(values, {**_VL_FIXED, "quantization_config": None})
+    vision = _required(values, "vision_config")
+    if not isinstance(vision, Mapping):
+        raise ValueError("vision_config: is not a JSON object")
+    _refuse_other_values(vision, _VISION_FIXED, "vision_config.")
+    try:
+        sizes = {ours: int(_required(vision, key)) for ours, key in _VISION_SIZE_KEYS.items()}
+    except ValueError as error:
+        raise ValueError(f"vision_config.{error}") from None
+    tile = sizes["tile_size"]
+    pinpoints = [(int(high), int(wide)) for high, wide in _required(values, "image_grid_pinpoints")]
+    sides = [side / tile for pair in pinpoints for side in pair]
+    tiles = [high * wide // tile**2 for high, wide in pinpoints]
+    config = VisionConfig(
+        **sizes,
+        image_token_id=int(_required(values, "image_token_index")),
+        layer_norm_eps=float(vision.get("layer_norm_eps", 1.0e-5)),
+        max_tiles_per_side=int(max(sides, default=0)),
+        max_tiles=max(tiles, default=0),
+    )
+    if sorted(pinpoints) != sorted(config.tiling.pinpoints):
+        raise ValueError(
+            f"image_grid_pinpoints: not all grids of {tile} pixels a tile with up to "
+            f"{config.max_tiles_per_side} tiles a side and {config.max_tiles} in all"
+        )
+    return config
+
+
+def _refuse_other_values(
+    values: Mapping[str, Any], fixed: Mapping[str, Any], prefix: str = ""
+) -> None:
+    for key, only in fixed.items():
         if key in values and values[key] != only:
-            raise ValueError(f"{key}={values[key]}: fulmen's model has {only} and nothing else")
+            raise ValueError(
+                f"{prefix}{key}={values[key]}: fulmen's model has {only} and nothing else"
+            )
+
+
+def _refuse_what_differs(values: Mapping[str, Any], format: str) -> None:
+    _refuse_other_values(values, _FIXED)
     for key, value in values.items():
         if "bias" in key and value:
             raise ValueError(f"{key}={value}: fulmen's model has no biases")

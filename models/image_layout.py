@@ -12,6 +12,10 @@ from functools import lru_cache
 
 import numpy as np
 
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""CLIP's, of red, green and blue from 0 to 1; the tower takes `(value - mean) / std`."""
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Likewise."""
 NEWLINE = -1
 """In `token_sources`, the token that ends a row of patches."""
 
@@ -165,3 +169,28 @@ def token_sources(layout: ImageLayout, first_tile: int = 0) -> np.ndarray:
     kept = grid[layout.top : rows - layout.top, layout.left : columns - layout.left]
     ended = np.pad(kept, ((0, 0), (0, 1)), constant_values=NEWLINE)
     return np.concatenate([thumbnail, ended.ravel()])
+
+
+def place_images(
+    images: Iterable[tuple[int, ImageLayout]], first_token: int = 0, end_token: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the image tokens of a micro-batch lie, and what each of them shows.
+
+    Both are `[image_tokens]` int64: places counted from `first_token`, and sources as those of
+    `token_sources`, counted over the tiles of all images, one image's behind the other's.
+
+    Args:
+        images: first token, in the flattened micro-batch, and layout of each image.
+        first_token: of the part of the micro-batch that is asked for.
+        end_token: behind that part; None = to the end.
+    """
+    places, sources = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    first_tile = 0
+    for first, layout in images:
+        end = first + layout.num_tokens
+        begin, end = max(first, first_token), end if end_token is None else min(end, end_token)
+        if begin < end:
+            places.append(np.arange(begin, end) - first_token)
+            sources.append(token_sources(layout, first_tile)[begin - first : end - first])
+        first_tile += layout.num_tiles
+    return np.concatenate(places), np.concatenate(sources)

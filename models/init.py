@@ -6,20 +6,27 @@ import math
 import torch
 from torch import Tensor
 
-from fulmen.models.config import ModelConfig
+from fulmen.models.config import ModelConfig, VisionConfig
 
 BLOCK_ELEMENTS = 2**20
 """Elements drawn with one generator; a rank draws only the blocks that its shard touches."""
 
 
 def init_std(name: str, shape: torch.Size, config: ModelConfig) -> Tensor | float | None:
-    """Standard deviation of a parameter's normal values; None for a norm's weight, all ones.
+    """Standard deviation of a parameter's normal values; 0 for biases, None for norms, all ones.
 
     Xavier: `gain * sqrt(2 / (fan_in + fan_out))` of the single matrix (one head-interleaved part,
     one expert). The paper sets DeepNorm's beta = (8 num_layers)^-0.25 and not where; we follow
     DeepNet: beta on values, output projections and feed-forward weights, 1 elsewhere. For
     `qkv_proj`, whose v rows have another gain than its q and k rows, a `[rows, 1]` tensor.
     """
+    if name == "image_newline":
+        return shape[0] ** -0.5
+    if name.endswith(".bias"):
+        return 0.0
+    if name.startswith("vision_tower."):
+        assert config.vision is not None
+        return _vision_std(name, shape, config.vision)
     if len(shape) == 1:
         return None
     beta = (8 * config.num_layers) ** -0.25
@@ -31,6 +38,21 @@ def init_std(name: str, shape: torch.Size, config: ModelConfig) -> Tensor | floa
     gained = ("v_proj.weight", "o_proj.weight", "out_proj.weight", ".w1", ".w2", ".w3")
     gain = beta if name.endswith(gained) else 1.0
     return gain * math.sqrt(2 / (shape[-1] + shape[-2]))
+
+
+def _vision_std(name: str, shape: torch.Size, config: VisionConfig) -> float | None:
+    """Of a weight of the tower, where nothing is published.
+
+    Xavier, and as in CLIP: embeddings of unit length, and outputs of a pre-norm block small enough
+    for the sum of all blocks, each of which adds two.
+    """
+    if name.endswith(("class_embedding", "position_embedding.weight")):
+        return config.hidden_size**-0.5
+    if len(shape) == 1:
+        return None
+    is_output = name.endswith(("out_proj.weight", "fc2.weight"))
+    gain = (2 * config.num_layers) ** -0.5 if is_output else 1.0
+    return gain * math.sqrt(2 / (shape[0] + shape[1]))
 
 
 @torch.no_grad()
@@ -47,13 +69,15 @@ def init_rows(
     """Fill `rows` with rows `first_row ...` of the initial value of parameter `name`.
 
     `shape` is the parameter's global shape; a row is a slice along its last dim, counted over all
-    leading dims, and `rows` may hold only some columns of each. The values depend neither on how
-    a parameter is spread over ranks nor on the device.
+    leading dims, and `rows` may hold only some columns of each; of a parameter of one dim it is one
+    element. The values depend neither on how a parameter is spread over ranks nor on the device.
     """
     std = init_std(name, shape, config)
-    if std is None:
-        rows.fill_(1.0)
+    if std is None or (not isinstance(std, Tensor) and std == 0.0):
+        rows.fill_(1.0 if std is None else 0.0)
         return
+    if len(shape) == 1:
+        rows, shape = rows.unsqueeze(1), torch.Size([*shape, 1])
     begin, end = first_row * shape[-1], (first_row + rows.shape[0]) * shape[-1]
     flat = torch.empty(end - begin)
     for block in range(begin // BLOCK_ELEMENTS, -(-end // BLOCK_ELEMENTS)):

@@ -128,6 +128,7 @@ class TextModel(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         row_part: Any = None,
+        images: Any = None,
         num_logits: int | None = None,
         per_token: bool = False,
     ) -> Tensor | LossOutput:
@@ -144,11 +145,12 @@ class TextModel(nn.Module):
             cache: carries states and keys from one call to the next; see `trainer/prefill.py`.
             positions: `[tokens]` in their documents, where they do not follow from `cu_seqlens`.
             row_part: handed on to the attention layers; see `parallel/sequence.py`.
+            images: handed on to `embed`; see `models/vl.py`.
             num_logits: give logits of so many last positions; None = of all.
             per_token: with labels, give each one's loss, `[batch, tokens]` fp32, and no gradients.
         """
         context = self._context(input_ids, cu_seqlens, document_lengths, cache, positions, row_part)
-        hidden, stats = self._hidden(input_ids, context, num_tokens)
+        hidden, stats = self._hidden(self.embed(input_ids, images), context, num_tokens)
         if labels is None:
             first = 0 if num_logits is None else hidden.shape[1] - num_logits
             return self.lm_head(hidden[:, first:])
@@ -160,6 +162,11 @@ class TextModel(nn.Module):
             torch.stack([s.counts for s in stats]),
             torch.stack([s.num_dropped for s in stats]).sum(),
         )
+
+    def embed(self, input_ids: Tensor, images: Any = None) -> Tensor:
+        """What enters the first block, `[batch, tokens, hidden_size]`; the VL model's seam."""
+        assert images is None, "a text model sees no images"
+        return self.embed_tokens(input_ids)
 
     def _context(
         self,
@@ -184,16 +191,20 @@ class TextModel(nn.Module):
         return Context(cos, sin, cu_seqlens, on_host, longest, cache, row_part)
 
     def _hidden(
-        self, input_ids: Tensor, context: Context, num_tokens: int | None
+        self, x: Tensor, context: Context, num_tokens: int | None
     ) -> tuple[Tensor, list[MoEStats]]:
-        x = self.embed_tokens(input_ids)
+        tokens = x.shape[1]
         stats = []
         for block in self.layers:
             x, block_stats = block(x, context, num_tokens)
             stats.append(block_stats)
         if context.cache is not None:
-            context.cache.num_tokens += input_ids.shape[1]
+            context.cache.num_tokens += tokens
         return self.norm(x), stats
+
+
+NOT_ACTIVE = ("embed_tokens.", "lm_head.", "vision_tower.", "multi_modal_projector.", "image_")
+"""Beginnings of names that `count_active_parameters` leaves out."""
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -202,11 +213,14 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_active_parameters(model: TextModel) -> int:
-    """Parameters that one token passes through, without embedding and head (the paper's count)."""
+    """Parameters that one token passes through, without embedding and head (the paper's count).
+
+    What makes an image's features of its pixels does not count either.
+    """
     config = model.config
     total = 0
     for name, parameter in model.named_parameters():
-        if name.startswith(("embed_tokens.", "lm_head.")):
+        if name.startswith(NOT_ACTIVE):
             continue
         numel = parameter.numel()
         if ".experts." in name:

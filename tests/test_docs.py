@@ -21,6 +21,7 @@ DOCUMENTS = [
     "docs/data.md",
     "docs/images.md",
     "docs/huggingface.md",
+    "docs/vision.md",
     "docs/parallelism.md",
 ]
 # `make test` is what runs this.
