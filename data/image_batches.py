@@ -1,0 +1,89 @@
+"""The images and pairs of a micro-batch, and what is known of them before it is read."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fulmen.data.image_decoding import ImageDecoder, TileJob
+from fulmen.data.image_shards import StoredImage
+from fulmen.data.images import CLIP_MEAN, CLIP_STD
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, neighbours in the micro-batch."""
+
+    document: int
+    """Number, in cu_seqlens, of the preferred one; the other is the next."""
+    source: str
+    """Name of the source, and in it
+    the number of the pair: what a stored reference is looked up by."""
+    number: int
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """The images of one micro-batch in the order of their tokens, and a part of their tiles."""
+
+    images: tuple[StoredImage, ...]
+    """`first` counts from the micro-batch's start; `layout` tells tokens and tiles."""
+    tiles: Tensor
+    """`[tiles of this part, 3, tile, tile]` uint8, on the CPU."""
+    first_tile: int
+    """Number of `tiles[0]` among the tiles of all images, back to back."""
+    failures: tuple[str, ...] = ()
+    """Images of this part that are black because they could not be decoded."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all images, whatever part is here."""
+        return sum(image.layout.num_tiles for image in self.images)
+
+
+def tile_range(num_tiles: int, part: int, num_parts: int) -> tuple[int, int]:
+    """First tile and end of a part; parts differ by one tile at most."""
+    return num_tiles * part // num_parts, num_tiles * (part + 1) // num_parts
+
+
+def decode_images(
+    images: Sequence[StoredImage],
+    decoder: ImageDecoder,
+    *,
+    part: int = 0,
+    num_parts: int = 1,
+    tile_size: int,
+) -> PackedImages:
+    """Decode those images that have tiles in a part, and keep the part's tiles."""
+    ends = np.cumsum([0, *(image.layout.num_tiles for image in images)]).tolist()
+    begin, end = tile_range(ends[-1], part, num_parts)
+    jobs = [
+        TileJob(image, max(begin - first, 0), min(end, last) - first)
+        for image, first, last in zip(images, ends, ends[1:], strict=False)
+        if first < end and last > begin
+    ]
+    tiles = torch.empty((end - begin, 3, tile_size, tile_size), dtype=torch.uint8)
+    at, failures = 0, []
+    for pixels, problem in decoder.tiles(jobs):
+        tiles[at : at + len(pixels)] = torch.from_numpy(pixels)
+        at += len(pixels)
+        if problem:
+            failures.append(problem)
+    assert at == end - begin
+    return PackedImages(tuple(images), tiles, begin, tuple(failures))
+
+
+def normalise_tiles(tiles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the tower takes: uint8 `[..., 3, tile, tile]`, on any device, by CLIP's mean and std."""
+    scale, shift = _clip(tiles.device)
+    return torch.addcmul(shift, tiles.float(), scale).to(dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _clip(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and summand `[3, 1, 1]` of the normalisation: copied to a device once."""
+    mean, std = (torch.tensor(one).reshape(3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
+    return (1 / (255 * std)).to(device), (-mean / std).to(device)
