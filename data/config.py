@@ -31,6 +31,8 @@ class DataConfig:
     """Least tokens of a medium and of a long document: shares by length and accounts go by them."""
     prefetch_steps: int = 2
     """Steps which a background thread keeps ready; 0 loads in the training thread."""
+    image_workers: int = 0
+    """Processes of each rank that decode images; 0 = its background thread does."""
 
     def __post_init__(self) -> None:
         self.sources = {name: _to_source(name, value) for name, value in self.sources.items()}

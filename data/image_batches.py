@@ -11,6 +11,7 @@ from torch import Tensor
 from fulmen.data.image_decoding import ImageDecoder, TileJob
 from fulmen.data.image_shards import StoredImage
 from fulmen.data.images import CLIP_MEAN, CLIP_STD
+from fulmen.models.image_layout import tile_range
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,6 @@ class PackedImages:
     def num_tiles(self) -> int:
         """Tiles of all images, whatever part is here."""
         return sum(image.layout.num_tiles for image in self.images)
-
-
-def tile_range(num_tiles: int, part: int, num_parts: int) -> tuple[int, int]:
-    """First tile and end of a part; parts differ by one tile at most."""
-    return num_tiles * part // num_parts, num_tiles * (part + 1) // num_parts
 
 
 def decode_images(

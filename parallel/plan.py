@@ -1,6 +1,7 @@
 """The one function that spreads a model over a mesh, in a fixed order."""
 
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -9,6 +10,7 @@ from fulmen.models.lightning import LightningAttention
 from fulmen.models.moe import MoE
 from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, TextModel
+from fulmen.models.vision import VisionBlock
 from fulmen.models.vl import VisionLanguageModel
 from fulmen.parallel.checkpointing import checkpoint_activations
 from fulmen.parallel.config import ParallelConfig, check_experts
@@ -49,7 +51,7 @@ def parallelize(
     tower = model.vision_tower if isinstance(model, VisionLanguageModel) else None
     checkpoint_activations(
         blocks,
-        () if tower is None else tower.layers,
+        [] if tower is None else [cast(VisionBlock, block) for block in tower.layers],
         activation_checkpointing,
         chunk_tokens=chunk_tokens,
         offload=offload_checkpoints,
@@ -69,8 +71,9 @@ def parallelize(
         engine.shard(block.block_sparse_moe.gate, dense_stage, dtype=torch.float32)
         engine.shard(block.block_sparse_moe.experts, expert_stage, experts=True)
         engine.shard(block, dense_stage)
-    for part in () if tower is None else (*tower.layers, tower, model.multi_modal_projector):
-        engine.shard(part, dense_stage)
+    if tower is not None:
+        for part in (*tower.layers, tower.vision_model, model.multi_modal_projector):
+            engine.shard(part, dense_stage)
     for module in (model.embed_tokens, model.lm_head, model):
         engine.shard(module, dense_stage)
 

@@ -291,6 +291,7 @@ def _check_ranges(config: RunConfig) -> None:
         "schedule.warmup_steps": config.schedule.warmup_steps,
         "optim.weight_decay": config.optim.weight_decay,
         "data.prefetch_steps": config.data.prefetch_steps,
+        "data.image_workers": config.data.image_workers,
         "moe.aux_loss_coef": config.moe.aux_loss_coef,
     }
     for key, value in not_negative.items():

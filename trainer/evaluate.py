@@ -36,9 +36,10 @@ def evaluate(
             max_tokens=max_tokens,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp,
+            tile_part=(mesh.cp_rank, mesh.cp),
         ):
             phase("evaluation")
-            inputs = model_inputs(batch, mesh)
+            inputs = model_inputs(batch, mesh, model.config.vision)
             output = model(**inputs)
             assert isinstance(output, LossOutput)
             sums[0] += output.loss_sum.double()

@@ -1,20 +1,41 @@
 """From a micro-batch to the arguments of the model, on this rank's device."""
 
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fulmen.data.image_batches import PackedImages, normalise_tiles
 from fulmen.data.packing import PackedBatch
+from fulmen.data.shards import PreparedSplit
+from fulmen.models.config import VisionConfig
+from fulmen.models.image_layout import place_images, tile_range
 from fulmen.models.layers import packed_positions
+from fulmen.models.vl import Images
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.patches import PatchRoute, plan_patches
 from fulmen.parallel.sequence import RowPart
 
 
-def model_inputs(batch: PackedBatch, mesh: Mesh) -> dict[str, Any]:
-    """Arguments of `TextModel.forward` for this rank's part of a micro-batch."""
+def model_inputs(
+    batch: PackedBatch, mesh: Mesh, vision: VisionConfig | None = None
+) -> dict[str, Any]:
+    """Arguments of `TextModel.forward` for this rank's part of a micro-batch.
+
+    `vision` is the model's. With it there are always images, if need be none of them: whether
+    another data-parallel rank has some this rank cannot know, and all of them gather the tower's
+    weights and sum its gradients together.
+    """
     inputs: dict[str, Any] = {"num_tokens": batch.num_tokens}
+    if vision is not None:
+        images = batch.images
+        if images is None:
+            no_tiles = torch.empty(0, 3, vision.tile_size, vision.tile_size, dtype=torch.uint8)
+            images = PackedImages((), no_tiles, 0)
+        inputs["images"] = image_inputs(images, batch.input_ids.shape[1], mesh)
     ids, labels, cu_seqlens = batch.input_ids, batch.labels, batch.cu_seqlens
     if mesh.cp > 1:
         tokens = ids.shape[1] // mesh.cp
@@ -31,6 +52,54 @@ def model_inputs(batch: PackedBatch, mesh: Mesh) -> dict[str, Any]:
         "cu_seqlens": _to_device(cu_seqlens, mesh.device),
         "document_lengths": cu_seqlens.diff().tolist(),
     }
+
+
+def image_inputs(images: PackedImages, num_tokens: int, mesh: Mesh) -> Images:
+    """The images of a micro-batch of `num_tokens`, for this rank's part of it.
+
+    The tiles have to be those that are this rank's, `tile_range(num_tiles, cp_rank, cp)`.
+    """
+    placed = [(image.first, image.layout) for image in images.images]
+    here = tile_range(images.num_tiles, mesh.cp_rank, mesh.cp)
+    assert here == (images.first_tile, images.first_tile + len(images.tiles))
+    pixels = normalise_tiles(_to_device(images.tiles, mesh.device))
+    if mesh.cp == 1:
+        return Images(pixels, *(_indices(part, mesh.device) for part in place_images(placed)))
+    plan = plan_patches(placed, mesh.cp_rank, mesh.cp, num_tokens // mesh.cp)
+    return Images(
+        pixels,
+        _indices(plan.places, mesh.device),
+        _indices(plan.sources, mesh.device),
+        PatchRoute(_indices(plan.rows, mesh.device), plan.send, plan.receive),
+    )
+
+
+def check_images(splits: Iterable[PreparedSplit], vision: VisionConfig | None) -> None:
+    """ValueError, naming the keys, for sources whose images the model cannot see as prepared."""
+    for split in splits:
+        if split.images is None:
+            continue
+        where = f"data.sources.{split.name}: {split.path}"
+        if vision is None:
+            raise ValueError(
+                f"{where} has images, and the model has no eyes: take a model with model.vision, "
+                "or another source"
+            )
+        tiling = split.images.tiling
+        for key, here, there in (
+            ("tile_size", vision.tile_size, tiling.tile_size),
+            ("patch_size", vision.patch_size, tiling.patch_size),
+            ("image_token_id", vision.image_token_id, split.images.special_ids["image"]),
+        ):
+            if here != there:
+                raise ValueError(
+                    f"model.vision.{key}={here}, but {where} was prepared with {there}: prepare "
+                    "it anew, or change the key"
+                )
+
+
+def _indices(array: np.ndarray, device: torch.device) -> Tensor:
+    return _to_device(torch.from_numpy(array), device)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,10 +13,10 @@ from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit
 from fulmen.models.text import (
     LossOutput,
-    TextModel,
     count_active_parameters,
     count_parameters,
 )
+from fulmen.models.vl import build_model
 from fulmen.parallel.audit import audit
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.plan import parallelize
@@ -25,7 +25,7 @@ from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.evaluate import evaluate
 from fulmen.trainer.flops import Throughput, device_peak
-from fulmen.trainer.inputs import model_inputs
+from fulmen.trainer.inputs import check_images, model_inputs
 from fulmen.trainer.long_context.in_loop import LongContext
 from fulmen.trainer.manifest import CheckpointError
 from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
@@ -60,7 +60,7 @@ class Trainer:
         self.tokens = 0
         torch.manual_seed(config.seed)  # torch itself begins with another seed in every process
         with torch.device("meta"):
-            self.model = TextModel(config.model, config.moe)
+            self.model = build_model(config.model, config.moe)
         self.engine = parallelize(
             self.model,
             mesh,
@@ -192,7 +192,7 @@ class Trainer:
         self.checkpointer.close()
 
     def _forward(self, batch: PackedBatch) -> LossOutput:
-        output = self.model(**model_inputs(batch, self.mesh))
+        output = self.model(**model_inputs(batch, self.mesh, self.config.model.vision))
         assert isinstance(output, LossOutput)
         return output
 
@@ -249,8 +249,11 @@ class Trainer:
             dp_rank=self.mesh.dp_rank,
             dp_size=self.mesh.dp,
             prefetch_steps=config.data.prefetch_steps,
+            image_workers=config.data.image_workers,
+            tile_part=(self.mesh.cp_rank, self.mesh.cp),
             state=state,
         )
+        check_images(loader.splits, config.model.vision)
         for name, shares in list_shares(run_config):
             try:
                 loader.check_shares(shares)
