@@ -7,18 +7,22 @@ the forward; nothing that is computed again, dropped or padding counts):
 - softmax attention of a document of L tokens: 4 * heads * head_dim * L^2 / 2 (causal: half);
 - lightning attention by its recurrence: per token and head, 2 head_dim^2 for `k v^T` added to the
   state and 2 head_dim^2 for `q S`; the decay is not counted;
-- an expert's matrices per assignment that was carried out.
+- an expert's matrices per assignment that was carried out;
+- the vision tower by tiles: its matrices per token of a tile, the class token among them, and 4 *
+  hidden_size * tokens^2 a block for attention in full; patch embeddings per patch;
+- the projector per image token, with those that end rows of patches, which are few.
 
 PaLM's convention (arXiv:2204.02311, appendix B) is 6 N + 12 * layers * heads * head_dim * seq_len
 per token, attention counted in full; here N is the parameters that one token uses, with the head
-and without the embedding, and `layers` counts the softmax layers.
+and without the embedding, and `layers` counts the softmax layers. It counts no tower.
 """
 
 import time
 
 import torch
 
-from fulmen.models.config import ModelConfig
+from fulmen.models.config import ModelConfig, VisionConfig
+from fulmen.models.vision import CHANNELS
 
 # Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets; first match wins.
 _PEAKS = [
@@ -35,7 +39,13 @@ _PEAKS = [
 
 
 def forward_flops(
-    config: ModelConfig, *, num_tokens: int, sum_squared_lengths: int, num_assignments: int
+    config: ModelConfig,
+    *,
+    num_tokens: int,
+    sum_squared_lengths: int,
+    num_assignments: int,
+    num_tiles: float = 0,
+    num_image_tokens: float = 0,
 ) -> dict[str, float]:
     """Forward operations by part of the model.
 
@@ -43,13 +53,22 @@ def forward_flops(
         num_tokens: real tokens.
         sum_squared_lengths: sum of the squared document lengths.
         num_assignments: (token, expert) pairs carried out, over all layers.
+        num_tiles: tiles of images, which a model with a vision tower sees.
+        num_image_tokens: of `num_tokens`, those of images.
     """
     inner = config.num_attention_heads * config.head_dim
     kv_inner = config.num_key_value_heads * config.head_dim
     softmax_layers = config.num_softmax_layers
     lightning_layers = config.num_layers - softmax_layers
     hidden = config.hidden_size
-    return {
+    seeing = {}
+    if config.vision is not None:
+        size = config.vision.hidden_size
+        seeing = {
+            "vision_tower": num_tiles * tile_flops(config.vision),
+            "projector": num_image_tokens * 2 * (size * hidden + hidden**2),
+        }
+    return seeing | {
         "softmax_projections": softmax_layers
         * num_tokens
         * 2
@@ -64,8 +83,23 @@ def forward_flops(
     }
 
 
+def tile_flops(vision: VisionConfig) -> int:
+    """Forward operations of the tower for one tile."""
+    size, patches = vision.hidden_size, vision.tiling.patches_per_tile
+    tokens = patches + 1
+    matrices = 2 * tokens * (4 * size**2 + 2 * size * vision.mlp_hidden_size)
+    embedding = 2 * patches * CHANNELS * vision.patch_size**2 * size
+    return embedding + vision.num_layers * (matrices + 4 * size * tokens**2)
+
+
 def training_flops(
-    config: ModelConfig, *, num_tokens: int, sum_squared_lengths: int, num_assignments: int
+    config: ModelConfig,
+    *,
+    num_tokens: int,
+    sum_squared_lengths: int,
+    num_assignments: int,
+    num_tiles: float = 0,
+    num_image_tokens: float = 0,
 ) -> float:
     """Operations of forward and backward together: three times the forward."""
     parts = forward_flops(
@@ -73,6 +107,8 @@ def training_flops(
         num_tokens=num_tokens,
         sum_squared_lengths=sum_squared_lengths,
         num_assignments=num_assignments,
+        num_tiles=num_tiles,
+        num_image_tokens=num_image_tokens,
     )
     return 3 * sum(parts.values())
 
@@ -116,12 +152,22 @@ class Throughput:
         """Begin a new interval now."""
         self._started = time.perf_counter()
         self._steps = self._tokens = self._sum_squared_lengths = 0
+        self._tiles = self._image_tokens = 0
 
-    def add_step(self, *, num_tokens: int, sum_squared_lengths: int) -> None:
+    def add_step(
+        self,
+        *,
+        num_tokens: int,
+        sum_squared_lengths: int,
+        num_tiles: int = 0,
+        num_image_tokens: int = 0,
+    ) -> None:
         """Count one optimiser step, all ranks together."""
         self._steps += 1
         self._tokens += num_tokens
         self._sum_squared_lengths += sum_squared_lengths
+        self._tiles += num_tiles
+        self._image_tokens += num_image_tokens
 
     def read(self, *, drop_rate: float) -> dict[str, float | None]:
         """The interval's speed; expert work is credited less `drop_rate`. Begins a new interval."""
@@ -132,6 +178,8 @@ class Throughput:
             num_tokens=self._tokens,
             sum_squared_lengths=self._sum_squared_lengths,
             num_assignments=round(asked * (1 - drop_rate)),
+            num_tiles=self._tiles,
+            num_image_tokens=self._image_tokens,
         )
         palm = palm_training_flops(self._config, num_tokens=self._tokens, seq_len=self._seq_len)
         per_device = elapsed * self._world_size

@@ -106,7 +106,10 @@ class Trainer:
                 self.step += 1
                 self.tokens += batch.num_tokens
                 self._throughput.add_step(
-                    num_tokens=batch.num_tokens, sum_squared_lengths=batch.sum_squared_lengths
+                    num_tokens=batch.num_tokens,
+                    sum_squared_lengths=batch.sum_squared_lengths,
+                    num_tiles=batch.num_tiles,
+                    num_image_tokens=batch.num_image_tokens,
                 )
                 if self._is_due(config.log.every_steps):
                     row = self._row(batch, stats, grad_norm) | {

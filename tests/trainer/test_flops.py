@@ -11,18 +11,31 @@ Per token and layer, a matrix of n elements being 2 n operations:
   head        6144 x 200064 (once):                                          2,458,386,432
 
 A pair of tokens in a softmax layer: 64 heads, 256 for q k and 256 for p v:         32,768
+
+Per tile of 336 x 336 in VL-01's tower, 576 patches of 14 x 14 x 3 and a class token:
+
+  patches     588 x 1024, 1,204,224 each:                              together    693,633,024
+  block       q, k, v, out 1024 x 1024: 2,097,152 each; MLP 1024 x 4096 twice: 8,388,608 each;
+              25,165,824 for each of 577 tokens                                 14,520,680,448
+              577^2 = 332,929 pairs, 2 x 1024 for q k and for p v                1,363,677,184
+  24 blocks                                                                    381,224,583,168
+
+Per image token, projector: 1024 x 6144 and 6144 x 6144:                            88,080,384
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fulmen.models.config import ModelConfig
+from fulmen.models.config import ModelConfig, VisionConfig
 from fulmen.trainer import flops
 from fulmen.trainer.flops import (
     Throughput,
     device_peak,
     forward_flops,
     palm_training_flops,
+    tile_flops,
     training_flops,
 )
 
@@ -65,6 +78,46 @@ def test_text01_by_hand() -> None:
     assert training_flops(
         TEXT01, num_tokens=TOKENS, sum_squared_lengths=67_108_864, num_assignments=ASSIGNMENTS
     ) == 3 * (8192 * 94_638_702_592 + 10 * PAIRS * 32_768)
+
+
+VISION = VisionConfig(
+    num_layers=24,
+    hidden_size=1024,
+    num_attention_heads=16,
+    mlp_hidden_size=4096,
+    tile_size=336,
+    patch_size=14,
+    image_token_id=200025,
+)
+
+
+def test_the_tower_by_hand() -> None:
+    model = replace(TEXT01, vision=VISION)
+    assert tile_flops(VISION) == 693_633_024 + 381_224_583_168
+    text = {"num_tokens": 3000, "sum_squared_lengths": 9_000_000, "num_assignments": 480_000}
+    # 640 x 480: five tiles, 2,340 image tokens.
+    parts = forward_flops(model, **text, num_tiles=5, num_image_tokens=2340)
+    assert parts["vision_tower"] == 5 * 381_918_216_192
+    assert parts["projector"] == 2340 * 88_080_384
+    assert training_flops(model, **text, num_tiles=5, num_image_tokens=2340) == training_flops(
+        TEXT01, **text
+    ) + 3 * (5 * 381_918_216_192 + 2340 * 88_080_384)
+
+
+def test_throughput_counts_tiles_and_image_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: now[0])
+    rows = []
+    for tiles, tokens in ((0, 0), (5, 2340)):
+        speed = Throughput(replace(TEXT01, vision=VISION), seq_len=1, world_size=1, peak=None)
+        speed.add_step(
+            num_tokens=3000, sum_squared_lengths=1, num_tiles=tiles, num_image_tokens=tokens
+        )
+        now[0] += 1.0
+        rows.append(speed.read(drop_rate=0.0))
+    with_images, without = (row["flops_per_token"] or 0.0 for row in reversed(rows))
+    added = 3 * (5 * 381_918_216_192 + 2340 * 88_080_384) / 3000
+    assert with_images - without == pytest.approx(added)
 
 
 def test_softmax_attention_counts_each_document_apart() -> None:
