@@ -42,6 +42,8 @@ with its second pass:
 With offload the inputs, and deepnorm's outputs, lie in host memory, but for two at a time. In
 chunks of c tokens the list's rows of an expert or a projection are those of c tokens.
 
+A vision tower and its projector: trainer/tower_memory.py.
+
 The peak is looked for at several moments of a step: in the head and at the reduction of its
 gradient; in each block's backward pass in its experts, at the reduction of their gradients, and in
 its attention layer; at the reduction of the embedding's gradient. Each adds what the passes hold
@@ -55,10 +57,12 @@ from math import ceil, prod
 
 import torch
 
-from fulmen.models.config import ModelConfig, MoEConfig
-from fulmen.models.text import TextModel, count_active_parameters, count_parameters
+from fulmen.models.config import ModelConfig, MoEConfig, VisionConfig
+from fulmen.models.text import count_active_parameters, count_parameters
+from fulmen.models.vl import build_model
 from fulmen.parallel.zero import expert_shard_dim
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.tower_memory import tower_activations, tower_work
 
 GIB = 2**30
 FP32 = 4
@@ -77,9 +81,9 @@ class Unit:
     """One ZeRO unit as a rank has it."""
 
     layer: int
-    """-1 for embedding, head and last norm."""
+    """-1 for embedding, head, last norm and what sees."""
     name: str
-    """dense, gate, experts; embed_tokens, lm_head, norm."""
+    """dense, gate, experts; embed_tokens, lm_head, norm; see `_sees`."""
     stage: int
     ranks: int
     """That share it."""
@@ -103,8 +107,11 @@ class ModelCount:
 
 @lru_cache(maxsize=4)
 def _count(values: tuple) -> ModelCount:
+    config = ModelConfig(*values)
+    if config.vision is not None:
+        config.vision = VisionConfig(*values[-1])  # a dataclass inside becomes a tuple too
     with torch.device("meta"):
-        model = TextModel(ModelConfig(*values), MoEConfig())
+        model = build_model(config, MoEConfig())
     shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
     return ModelCount(count_parameters(model), count_active_parameters(model), shapes)
 
@@ -176,12 +183,21 @@ def _list_units(
 
 def _unit_of(name: str) -> tuple[int, str]:
     words = name.split(".")
+    if name == "image_newline":
+        return -1, "norm"
+    if words[0] == "vision_tower" and "layers" in words:
+        return -1, ".".join(words[:5])
     if words[0] != "layers":
         return -1, words[0]
     layer = int(words[1])
     if "experts" in words:
         return layer, "experts"
     return layer, "gate" if "gate" in words else "dense"
+
+
+def _sees(unit: Unit) -> bool:
+    """Whether it is of the vision tower, whose blocks are units, or the projector."""
+    return unit.name.startswith(("vision_tower", "multi_modal_projector"))
 
 
 @dataclass(frozen=True)
@@ -406,6 +422,10 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
     layers = [layer_activations(config, number) for number in sorted(by_layer)]
     on_its_way = s.e * s.T * s.h if config.trainer.offload_checkpoints else 0
     rest = model_activations(config)
+    seeing = [unit for unit in ends.values() if _sees(unit)]
+    policy = config.trainer.activation_checkpointing
+    kept_by_tower = tower_activations(config.model, s.T, s.e, policy)
+    rest += kept_by_tower
     to_the_end = rest - s.T * (s.e * s.h + FP32)  # the last norm's part goes first
 
     zero = Held(units, micro_batches)
@@ -452,6 +472,16 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         )
         reduce(dense, layer["gate"])
         last_reduced = FP32 * dense.whole
+    if seeing:
+        largest = max(unit.whole for unit in seeing)
+        yield parts(
+            *seeing,
+            activations=to_the_end,
+            working=tower_work(config.model, s.T, s.e) + s.e * largest,
+            buffers=max(last_reduced, FP32 * largest),
+        )
+        reduce(*seeing)
+    to_the_end -= kept_by_tower
     embedding = ends["embed_tokens"]
     reduce(embedding, ends["norm"])
     yield parts(

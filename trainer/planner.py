@@ -31,6 +31,7 @@ from fulmen.trainer.memory import (
 from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_sizes, batch_tokens
 from fulmen.trainer.stages import Stage, list_stages, run_tokens
+from fulmen.trainer.tower_memory import images_in
 
 NODE = 8
 """GPUs joined by NVLink."""
@@ -122,14 +123,15 @@ def micro_batches(config: RunConfig, gpus: int, batch: int) -> int:
 
 
 def step_flops(config: RunConfig, batch: int) -> float:
-    """Operations of a step as the trainer's MFU counts them, if one document fills each row and
-    none of the experts drops any."""
+    """Operations of a step as the trainer's MFU counts them, if one document fills each row, all
+    of it images where the model sees, and none of the experts drops any."""
     model = config.model
     return training_flops(
         model,
         num_tokens=batch,
         sum_squared_lengths=batch * config.data.seq_len,
         num_assignments=batch * model.num_experts_per_token * model.num_layers,
+        **images_in(model, batch),
     )
 
 
@@ -175,6 +177,7 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         num_tokens=s.T,
         sum_squared_lengths=s.T * config.data.seq_len,
         num_assignments=s.rows // s.etp * model.num_layers,
+        **images_in(model, s.T),
     )
     peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
     passes = count_passes(config)
@@ -183,7 +186,12 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
     bandwidth = gpu.memory_gb_per_s * 1e9
     projections = flops["softmax_projections"] + flops["lightning_projections"]
     matmul_rate = peak * assume.matmul_share
-    return {
+    seeing = {}
+    if model.vision is not None:
+        again = config.trainer.activation_checkpointing == "full"
+        tower = (3 + again) * flops["vision_tower"] + 3 * flops["projector"]
+        seeing = {"vision tower": tower / matmul_rate}
+    return seeing | {
         "projections": passes.projections * projections / matmul_rate,
         "head": 3 * flops["head"] / matmul_rate,
         "experts": passes.experts * flops["experts"] / (peak * assume.grouped_share),
@@ -259,6 +267,9 @@ def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> I
         others = parallel.cp - 1
         keys = others * s.T * 2 * s.v * (s.e * (passes.keys - 1) + FP32)
         yield "keys and values", count * model.num_softmax_layers * keys, parallel.cp, 1
+        if model.vision is not None:  # at most: of a rank's tokens many show its own tiles
+            size = count * 2 * s.T * model.vision.hidden_size * s.e * others / parallel.cp
+            yield "patches", size, parallel.cp, 1
         states = others * FP32 * s.state * passes.states
         yield "lightning states", count * lightning * states, parallel.cp, 1
 
@@ -472,5 +483,6 @@ def _flops_by_kind(config: RunConfig) -> dict[str, float]:
         num_tokens=1,
         sum_squared_lengths=config.data.seq_len,
         num_assignments=model.num_experts_per_token * model.num_layers,
+        **images_in(model, 1),
     )
     return {kind: 3 * flops for kind, flops in parts.items()}

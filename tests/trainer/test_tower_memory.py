@@ -1,0 +1,118 @@
+"""What the planner says of a vision tower, against what a forward pass keeps and by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import tiny_config, tiny_model
+from torch import Tensor
+
+from fulmen.models.config import MoEConfig, VisionConfig
+from fulmen.models.image_layout import Tiling, image_layout, place_images
+from fulmen.models.init import init_model
+from fulmen.models.vl import Images, build_model
+from fulmen.parallel import checkpointing
+from fulmen.parallel.config import ParallelConfig
+from fulmen.trainer.memory import count_model, find_peak, list_units, moments
+from fulmen.trainer.planner import GPUS, Assumptions, predict_step, step_flops
+from fulmen.trainer.tower_memory import tower_activations
+
+pytestmark = pytest.mark.fast
+
+VISION = VisionConfig(
+    num_layers=3,
+    hidden_size=64,
+    num_attention_heads=4,
+    mlp_hidden_size=96,
+    tile_size=32,
+    patch_size=4,
+    image_token_id=7,
+)
+
+
+def vl_model() -> Any:
+    config = tiny_model()
+    config.vision = VISION
+    return config
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_the_tower_keeps_what_is_predicted(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = vl_model()
+    model = build_model(config, MoEConfig())
+    init_model(model, config, 0)
+    sizes: dict[int, int] = {}
+    alive: list[Any] = []
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def count(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        alive.append(storage)  # so that no address comes twice
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+        return x
+
+    def policy_of(keeps: Any, context: Any, op: Any, *args: Any, **options: Any) -> Any:
+        if keeps(op):
+            output = op(*args, **options)
+            for kept in output if isinstance(output, tuple) else (output,):
+                if isinstance(kept, Tensor) and kept.numel():
+                    count(kept)
+        return whole(keeps, context, op, *args, **options)
+
+    whole = checkpointing._policy
+    monkeypatch.setattr(checkpointing, "_policy", policy_of)
+    monkeypatch.setattr(checkpointing, "keep_here", lambda x: checkpointing.Kept(count(x)))
+    checkpointing.checkpoint_activations(
+        [],
+        list(model.vision_tower.layers),
+        policy,
+        chunk_tokens=None,
+        offload=False,
+        over_ranks=False,
+        device=torch.device("cpu"),
+    )
+    layout = image_layout(64, 64, Tiling(32, 4, 2, 4))  # a thumbnail and four tiles
+    assert layout.num_tiles == 5
+    tokens = 5 * 64
+    places, sources = place_images([(0, layout)])
+    images = Images(
+        torch.randn(5, 3, 32, 32),
+        torch.from_numpy(places[:tokens].copy()),
+        torch.from_numpy(sources[:tokens].copy()),
+    )
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        embedded = model.embed(torch.zeros(1, tokens, dtype=torch.int64), images)
+    assert embedded.requires_grad
+    # With pixels, which inputs hold, and without ids, which are counted with the text model.
+    measured = sum(sizes.values()) + 5 * 3 * 32 * 32 * 4 - 8 * tokens
+    assert measured == pytest.approx(tower_activations(config, tokens, 4, policy), rel=0.002)
+
+
+def test_memory_and_work_of_a_model_that_sees() -> None:
+    config = tiny_config("none")
+    config.trainer.dtype = "bfloat16"
+    config.parallel = ParallelConfig(zero_stage=1, cp=2)
+    text, text_flops = find_peak(config, 4, 1), step_flops(config, 640)
+    step = predict_step(config, 4, GPUS["h100"], Assumptions(), 128)
+    config.model = vl_model()
+    units = {unit.name: unit for unit in list_units(config, 4)}
+    blocks = [unit for name, unit in units.items() if ".layers." in name]
+    assert len(blocks) == 3
+    block = 4 * (64 * 64 + 64) + 2 * 64 * 96 + 96 + 64 + 4 * 64
+    assert all(unit.whole == block for unit in blocks)
+    total = count_model(config.model).total
+    assert sum(unit.whole for unit in list_units(config, 4)) == total
+    seeing, last = find_peak(config, 4, 1), list(moments(config, 4, 1))[-1]
+    assert last["gradients"] == last["weights"]  # each unit is reduced once
+    assert sum(seeing.values()) > sum(text.values())
+
+    # 640 tokens are ten tiles.
+    tile = 2 * 64 * 48 * 64 + 3 * (2 * 65 * (4 * 64**2 + 2 * 64 * 96) + 4 * 64 * 65**2)
+    projector = 2 * (64 * 32 + 32 * 32)
+    assert step_flops(config, 640) - text_flops == 3 * (10 * tile + 640 * projector)
+    with_images = predict_step(config, 4, GPUS["h100"], Assumptions(), 128)
+    assert with_images.work_s["vision tower"] > 0
+    # A micro-batch of 32 tokens a rank, half of them elsewhere, there and back in bf16.
+    assert with_images.exchange_gb["patches"] * 1e9 == pytest.approx(2 * 32 * 64 * 2 / 2)
+    assert "patches" not in step.exchange_gb
