@@ -1,4 +1,4 @@
-"""Runs of a model that sees, on prepared images: the loader's tiles and all the rest on any mesh."""
+"""Runs of a model that sees, on prepared images: equal losses on any mesh."""
 
 from pathlib import Path
 
