@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fulmen.data.image_decoding import ImageDecoder, TileJob
 from fulmen.data.image_shards import StoredImage
-from fulmen.data.images import CLIP_MEAN, CLIP_STD
+from fulmen.models.image_layout import PIXEL_MEAN, PIXEL_STD
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Pair:
     document: int
     """Number, in cu_seqlens, of the preferred one; the other is the next."""
     source: str
-    """Name of the source, and in it
-    the number of the pair: what a stored reference is looked up by."""
+    """Name of the source."""
     number: int
+    """Number of the pair in the source: what stored log-probabilities are looked up by."""
 
 
 @dataclass(frozen=True)
@@ -85,5 +85,5 @@ def normalise_tiles(tiles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 @functools.lru_cache(maxsize=8)
 def _clip(device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and summand `[3, 1, 1]` of the normalisation: copied to a device once."""
-    mean, std = (torch.tensor(one).reshape(3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(one).reshape(3, 1, 1) for one in (PIXEL_MEAN, PIXEL_STD))
     return (1 / (255 * std)).to(device), (-mean / std).to(device)

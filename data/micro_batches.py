@@ -7,6 +7,7 @@ from fulmen.data.image_decoding import ImageDecoder
 from fulmen.data.image_shards import StoredImage
 from fulmen.data.packing import PackedBatch, read_micro_batch
 from fulmen.data.shards import IntArray, PreparedSplit
+from fulmen.models.image_layout import Tiling
 
 
 class MicroBatchReader:
@@ -55,6 +56,27 @@ def check_fits(split: PreparedSplit, seq_len: int) -> None:
             f"tokens, and documents with images are not cut: set data.seq_len={seq_len} to at "
             f"least that, or prepare the folder with max_tokens={seq_len}"
         )
+
+
+def check_vision(splits: Sequence[PreparedSplit], tiling: Tiling, image_token_id: int) -> None:
+    """ValueError for a source whose images are not those of a model's tower.
+
+    Its grids may be fewer, as those of a fixed resolution are: a document has its own layout.
+    """
+    for split in splits:
+        if split.images is None:
+            continue
+        here = split.images.tiling
+        for key, ours, theirs in (
+            ("tile_size", here.tile_size, tiling.tile_size),
+            ("patch_size", here.patch_size, tiling.patch_size),
+            ("image_token_id", split.images.special_ids["image"], image_token_id),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"model.vision.{key}={theirs}, but data.sources.{split.name} was prepared with "
+                    f"{ours} ({split.path}): set model.vision.{key}={ours}, or prepare it anew"
+                )
 
 
 def _common_tile_size(splits: Sequence[PreparedSplit]) -> int:
