@@ -1,10 +1,10 @@
 """Read planned micro-batches: their tokens, and where there are images, their tiles."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from fulmen.data.image_batches import PackedImages, decode_images
+from fulmen.data.image_batches import decode_images
 from fulmen.data.image_decoding import ImageDecoder
-from fulmen.data.image_shards import StoredImage
 from fulmen.data.packing import PackedBatch, read_micro_batch
 from fulmen.data.shards import IntArray, PreparedSplit
 from fulmen.models.image_layout import Tiling
@@ -28,24 +28,27 @@ class MicroBatchReader:
         self._tile_size = _common_tile_size(splits)
         self._decoder = ImageDecoder(image_workers if self._tile_size else 0)
 
-    def read(self, pieces: IntArray) -> PackedBatch:
-        """One micro-batch."""
-        return read_micro_batch(
-            pieces,
-            self._splits,
-            num_tokens=self._num_tokens,
-            decode=self._decode if self._tile_size else None,
+    def read(self, micro_batches: Sequence[IntArray]) -> list[PackedBatch]:
+        """The micro-batches of these pieces."""
+        batches = [
+            read_micro_batch(pieces, self._splits, num_tokens=self._num_tokens)
+            for pieces in micro_batches
+        ]
+        part, num_parts = self._tile_part
+        decoded = decode_images(
+            [batch.images for batch in batches if batch.images is not None],
+            self._decoder,
+            part=part,
+            num_parts=num_parts,
+            tile_size=self._tile_size,
         )
+        if not decoded:
+            return batches
+        return [replace(batch, images=one) for batch, one in zip(batches, decoded, strict=True)]
 
     def close(self) -> None:
         """End the decoding processes."""
         self._decoder.close()
-
-    def _decode(self, images: list[StoredImage]) -> PackedImages:
-        part, num_parts = self._tile_part
-        return decode_images(
-            images, self._decoder, part=part, num_parts=num_parts, tile_size=self._tile_size
-        )
 
 
 def check_fits(split: PreparedSplit, seq_len: int) -> None:
