@@ -39,6 +39,7 @@ setup(
         "rich",
         "matplotlib",
         "zstandard",
+        "pillow",
     ],
     extras_require={
         "dev": [
@@ -58,6 +59,8 @@ setup(
             "fulmen-pretrain = fulmen.launch.pretrain:main",
             "fulmen-plan = fulmen.launch.plan:main",
             "fulmen-prepare-data = fulmen.launch.prepare_data:main",
+            "fulmen-prepare-images = fulmen.launch.prepare_images:main",
+            "fulmen-make-images = fulmen.launch.make_images:main",
             "fulmen-make-retrieval = fulmen.launch.make_retrieval:main",
             "fulmen-fit-scaling = fulmen.launch.fit_scaling:main",
             "fulmen-generate = fulmen.launch.generate:main",

@@ -64,6 +64,8 @@ class PrepareConfig:
     """Text, in MB, from which a tokenizer is trained, drawn evenly from the input files."""
     end_of_document: str = "<end_of_document>"
     """Name of the token put after each document; the tokenizer must have it."""
+    special_tokens: list[str] = field(default_factory=list)
+    """More special tokens of a trained tokenizer, as prepare_images needs them."""
     text_field: str = "text"
     """Field (jsonl) or column (parquet) which holds the text."""
     document_per: str = "file"
@@ -83,6 +85,62 @@ class PrepareConfig:
     """Fail when more than this share of lines or documents is malformed."""
     num_workers: int = 0
     """Tokenising processes; 0 takes every core this process may use."""
+
+
+@dataclass
+class PrepareImagesConfig:
+    """One run of launch/prepare_images.py."""
+
+    input: Any = MISSING
+    """Tars (webdataset), parquet or jsonl: files, globs, folders, or a list of them."""
+    output: str = MISSING
+    """Folder to write; one folder is one source of a mixture."""
+    held_out: Any = None
+    """Files, globs or folders all of whose documents go to the split "valid"."""
+    tokenizer: str = "train"
+    """tokenizer.json, a folder which holds one, or "train" for a byte-level BPE of this input."""
+    vocab_size: int = 8192
+    """Entries of a trained tokenizer, special tokens included."""
+    train_sample_mb: float = 50.0
+    """Text, in MB, from the start of the input, from which a tokenizer is trained."""
+    end_of_document: str = "<end_of_document>"
+    """Name of the token put after each document."""
+    image_token: str = "<image>"
+    """Name of the token that stands, once for each, where an image's features go."""
+    begin_turn: str = "<beginning_of_sentence>"
+    """Name of the token that begins a turn of a conversation."""
+    end_turn: str = "<end_of_sentence>"
+    """Name of the token that ends it; the assistant learns to give it."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Names that the input has for text, messages, prompt, chosen, rejected, image or images."""
+    resolution: str = "dynamic"
+    """dynamic: a thumbnail and a grid of tiles; fixed: the thumbnail alone."""
+    tile_size: int = 336
+    """Pixels of a tile's side."""
+    patch_size: int = 14
+    """Pixels of a patch's side; one token each."""
+    max_tiles_per_side: int = 6
+    """Tiles along one side of a grid."""
+    max_tiles: int = 18
+    """Tiles of a grid."""
+    max_tokens: int = 8192
+    """Tokens of a document, image tokens included; a longer one is rejected, for none is cut."""
+    max_image_pixels: int = 50_000_000
+    """Pixels that an image may have, by its header."""
+    max_aspect_ratio: float = 100.0
+    """Longer by shorter side that an image may have."""
+    max_image_mb: float = 64.0
+    """Megabytes that the file of an image, or the text of a record, may have."""
+    validation_fraction: float = 0.005
+    """Share of documents, by a hash of their first image, which goes to the split "valid"."""
+    shard_tokens: int = 100_000_000
+    """Tokens, of all splits, after which a shard is closed; a killed run loses at most one."""
+    shard_mb: float = 2048.0
+    """Megabytes of images after which a shard is closed."""
+    max_rejected_fraction: float = 0.5
+    """Fail when more than this share of records is broken."""
+    num_workers: int = 0
+    """Processes; 0 takes every core this process may use. What is written does not depend on it."""
 
 
 @dataclass
@@ -115,3 +173,33 @@ class RetrievalConfig:
     """Keys of the language of words; a document has at most as many questions."""
     num_workers: int = 0
     """Processes; 0 takes every core this process may use. What is written does not depend on it."""
+
+
+@dataclass
+class MakeImagesConfig:
+    """One run of launch/make_images.py."""
+
+    output: str = MISSING
+    """Folder to write: tars for launch/prepare_images.py in captions, conversations and pairs."""
+    seed: int = 0
+    """Of all records."""
+    captions: int = 2000
+    """Pictures with a caption."""
+    conversations: int = 2000
+    """Conversations about one or two pictures."""
+    pairs: int = 500
+    """Pairs of a right and a wrong answer."""
+    held_out: int = 200
+    """Records of each sort with texts that the others never have, in held_out-*.tar."""
+    kinds: list[str] = field(default_factory=lambda: ["digits", "words"])
+    """What is written: digits, words, or handwritten (scikit-learn's digits)."""
+    letters: list[int] = field(default_factory=lambda: [2, 4])
+    """Least and most digits or letters."""
+    width: list[int] = field(default_factory=lambda: [48, 160])
+    """Least and most pixels."""
+    height: list[int] = field(default_factory=lambda: [32, 96])
+    """Least and most pixels."""
+    text_pairs: float = 0.3
+    """Share of pairs without a picture."""
+    shard_records: int = 1000
+    """Records of one tar."""

@@ -13,6 +13,8 @@ import numpy as np
 
 from fulmen.data.buckets import BUCKETS, check_length_bounds
 from fulmen.data.config import SourceConfig
+from fulmen.data.image_shards import CHOSEN, IMAGE_TOKENS, IMAGES, LABELS, TILES
+from fulmen.data.micro_batches import MicroBatchReader, check_fits
 from fulmen.data.mixture import Mixture, Shares
 from fulmen.data.packing import (
     DOCUMENT,
@@ -24,7 +26,6 @@ from fulmen.data.packing import (
     Piece,
     Rest,
     pack_rows,
-    read_micro_batch,
 )
 from fulmen.data.shards import IntArray, PreparedSplit
 
@@ -43,6 +44,13 @@ class StepTotals:
     """Tokens with a label."""
     sum_squared_lengths: int
     """Sum over documents (pieces of a cut one apart) of length^2, for attention FLOPs."""
+    num_images: int
+    num_tiles: int
+    """Tiles of all images, thumbnails included: passes through the vision tower."""
+    num_image_tokens: int
+    """Tokens that are an image's, of `num_tokens`."""
+    num_pairs: int
+    """Pairs of a preferred and another answer."""
     account: Account
     """Real tokens of this step by source and bucket; a document's whole length decides which."""
     digest: str
@@ -75,9 +83,11 @@ class PackedLoader:
     batch in tokens, padding included, and `shares` what its documents are drawn by, both from the
     real tokens of all earlier steps. `state` is a StepBatch.state, taken with any dp_size;
     seq_len, batch sizes and shares may differ from those it was taken with, the data, the length
-    bounds and the seed may not. Raises ValueError at once for whatever is wrong with the sources,
-    the sizes or the first shares. A background thread keeps `prefetch_steps` ready; what it
-    raises comes out of `__next__`.
+    bounds and the seed may not. Images are decoded by `image_workers` processes (0 = in the
+    background thread), and of each micro-batch's tiles those of `tile_part`, (part, parts), are
+    given: the ranks that share a micro-batch share its tiles. Raises ValueError at once for
+    whatever is wrong with the sources, the sizes or the first shares. A background thread keeps
+    `prefetch_steps` ready; what it raises comes out of `__next__`.
     """
 
     def __init__(
@@ -95,11 +105,19 @@ class PackedLoader:
         dp_size: int = 1,
         split: str = "train",
         prefetch_steps: int = 2,
+        image_workers: int = 0,
+        tile_part: tuple[int, int] = (0, 1),
         state: dict[str, Any] | None = None,
     ) -> None:
         _check_micro_batch(seq_len, micro_batch_tokens)
+        splits = _open_sources(sources, split, vocab_size, dp_rank, dp_size)
+        for one in splits:
+            check_fits(one, seq_len)
+        self._reader = MicroBatchReader(
+            splits, micro_batch_tokens, image_workers=image_workers, tile_part=tile_part
+        )
         self._planner = _Planner(
-            _open_sources(sources, split, vocab_size, dp_rank, dp_size),
+            splits,
             seq_len=seq_len,
             micro_batch_tokens=micro_batch_tokens,
             batch_tokens=batch_tokens,
@@ -119,7 +137,7 @@ class PackedLoader:
             weakref.finalize(self, self._stop.set)
             self._thread = threading.Thread(
                 target=_produce,
-                args=(self._planner, dp_rank, dp_size, self._ready, self._stop),
+                args=(self._planner, self._reader, dp_rank, dp_size, self._ready, self._stop),
                 name="fulmen-loader",
                 daemon=True,
             )
@@ -143,7 +161,7 @@ class PackedLoader:
         if self._stop.is_set():
             raise StopIteration
         if self._thread is None:
-            return _read_step(self._planner, self._dp_rank, self._dp_size)
+            return _read_step(self._planner, self._reader, self._dp_rank, self._dp_size)
         step = self._ready.get()
         if isinstance(step, BaseException):
             self._error = step
@@ -155,10 +173,12 @@ class PackedLoader:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        self._reader.close()
 
 
 def _produce(
     planner: "_Planner",
+    reader: MicroBatchReader,
     dp_rank: int,
     dp_size: int,
     ready: "queue.Queue[StepBatch | BaseException]",
@@ -167,7 +187,7 @@ def _produce(
     while not stop.is_set():
         item: StepBatch | BaseException
         try:
-            item = _read_step(planner, dp_rank, dp_size)
+            item = _read_step(planner, reader, dp_rank, dp_size)
         except BaseException as error:  # re-raised in the training thread
             item = error
         while not stop.is_set():
@@ -180,13 +200,12 @@ def _produce(
             return
 
 
-def _read_step(planner: "_Planner", dp_rank: int, dp_size: int) -> StepBatch:
+def _read_step(
+    planner: "_Planner", reader: MicroBatchReader, dp_rank: int, dp_size: int
+) -> StepBatch:
     plan = planner.next_step()
     totals = {item.name: getattr(plan, item.name) for item in fields(StepTotals)}
-    micro_batches = [
-        read_micro_batch(pieces, planner.splits, num_tokens=planner.micro_batch_tokens)
-        for pieces in plan.pieces[dp_rank::dp_size]
-    ]
+    micro_batches = reader.read(plan.pieces[dp_rank::dp_size])
     return StepBatch(micro_batches=micro_batches, **totals)
 
 
@@ -263,9 +282,8 @@ class _Planner:
         return _StepPlan(
             pieces=micro_batches,
             num_tokens=num_tokens,
-            num_labels=num_tokens - int(pieces[:, LAST].sum()),
-            sum_squared_lengths=int((lengths * lengths).sum()),
             account=account,
+            **_add_up(pieces, self.splits),
             digest=hasher.hexdigest(),
             state=self._state(),
         )
@@ -318,24 +336,25 @@ def evaluation_batches(
     max_tokens: int,
     dp_rank: int = 0,
     dp_size: int = 1,
+    tile_part: tuple[int, int] = (0, 1),
 ) -> Iterator[PackedBatch]:
     """This rank's micro-batches of a held-out split: each document once, in a fixed order.
 
-    Stops after `max_tokens` real tokens over all ranks; the last document is cut there. Every
+    Stops after `max_tokens` real tokens over all ranks; the last document is cut there, or left out
+    where it may have images (the first one comes whole). Every
     rank gets the same number of batches: where there are too few, some hold padding alone, with
     no label. What the batches hold does not depend on dp_size. Errors are raised at the call, not
     at the first batch.
     """
     _check_micro_batch(seq_len, micro_batch_tokens)
+    check_fits(split, seq_len)
     assert max_tokens > 0
     plan = _plan_evaluation(
         split, max_tokens=max_tokens, seq_len=seq_len, micro_batch_tokens=micro_batch_tokens
     )
     plan += [_as_array([])] * (-len(plan) % dp_size)
-    return (
-        read_micro_batch(pieces, [split], num_tokens=micro_batch_tokens)
-        for pieces in plan[dp_rank::dp_size]
-    )
+    reader = MicroBatchReader([split], micro_batch_tokens, tile_part=tile_part)
+    return (reader.read([pieces])[0] for pieces in plan[dp_rank::dp_size])
 
 
 def _plan_evaluation(
@@ -346,6 +365,9 @@ def _plan_evaluation(
     lengths = np.array(split.lengths(documents))
     # A document cut by max_tokens ends in a piece that has a label for its last token.
     cut = np.minimum(lengths, max_tokens - (np.cumsum(lengths) - lengths))
+    if split.images is not None:
+        cut = np.where(cut == lengths, lengths, 0)
+        cut[0] = lengths[0]
     upcoming = iter([(0, int(number), int(cut[number])) for number in documents if cut[number] > 0])
     num_rows = micro_batch_tokens // seq_len
     plan: list[IntArray] = []
@@ -359,6 +381,30 @@ def _plan_evaluation(
             return plan
         pieces[:, LAST] = pieces[:, START] + pieces[:, LENGTH] == lengths[pieces[:, DOCUMENT]]
         plan.append(pieces)
+
+
+def _add_up(pieces: IntArray, splits: Sequence[PreparedSplit]) -> dict[str, int]:
+    """Totals of a step that follow from its pieces and the indexes."""
+    lengths = pieces[:, LENGTH]
+    totals = {
+        "num_labels": int(lengths.sum()) - int(pieces[:, LAST].sum()),
+        "sum_squared_lengths": int((lengths * lengths).sum()),
+        **dict.fromkeys(("num_images", "num_tiles", "num_image_tokens", "num_pairs"), 0),
+    }
+    for source, split in enumerate(splits):
+        mine = pieces[pieces[:, SOURCE] == source]
+        if split.images is None or not len(mine):
+            continue
+        whole, held = mine[:, LENGTH], split.images.totals(*split.places(mine[:, DOCUMENT]))
+        chosen = held[:, CHOSEN]
+        totals["num_labels"] += int(held[:, LABELS].sum() - (whole - 1).sum())
+        # Of a pair, chosen^2 + (whole - chosen)^2 instead of whole^2.
+        totals["sum_squared_lengths"] -= int((2 * chosen * (whole - chosen)).sum())
+        totals["num_images"] += int(held[:, IMAGES].sum())
+        totals["num_tiles"] += int(held[:, TILES].sum())
+        totals["num_image_tokens"] += int(held[:, IMAGE_TOKENS].sum())
+        totals["num_pairs"] += int((chosen > 0).sum())
+    return totals
 
 
 def _as_array(rows: Sequence[Sequence[Piece]]) -> IntArray:

@@ -3,17 +3,20 @@
 A document longer than a row is cut into row-sized pieces, and each piece is a document of its
 own for the model: neither state nor attention crosses the cut. The last token of a cut piece is
 still given its label, the next token of the document, so each token but the first of a document
-is predicted exactly once.
+is predicted exactly once. Documents of a source with images are never cut (see image_shards.py);
+a pair of answers is one document to the packing, and two to the model.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fulmen.data.image_batches import PackedImages, Pair, undecoded
+from fulmen.data.image_shards import CHOSEN, StoredImage
 from fulmen.data.shards import IntArray, PreparedSplit
 
 IGNORE_LABEL = -100
@@ -40,6 +43,10 @@ class PackedBatch:
     """[documents + 1] int32, from 0 to T; the padding, if any, is the last document."""
     num_tokens: int
     """Real tokens: T less the padding."""
+    pairs: tuple[Pair, ...] = ()
+    """Documents that are two answers to one prompt."""
+    images: PackedImages | None = None
+    """None where no source has images."""
 
 
 def pack_rows(
@@ -91,9 +98,15 @@ def pack_rows(
 
 
 def read_micro_batch(
-    pieces: IntArray, splits: Sequence[PreparedSplit], *, num_tokens: int
+    pieces: IntArray,
+    splits: Sequence[PreparedSplit],
+    *,
+    num_tokens: int,
 ) -> PackedBatch:
-    """Read the tokens of `pieces` ([n, 5], see Piece) into a buffer of `num_tokens`."""
+    """Read the tokens of `pieces` ([n, 5], see Piece) into a buffer of `num_tokens`.
+
+    Its images, if a source has any, come without their tiles.
+    """
     ids = np.zeros(num_tokens, dtype=np.int64)
     labels = np.full(num_tokens, IGNORE_LABEL, dtype=np.int64)
     ends = np.cumsum(pieces[:, LENGTH])
@@ -126,13 +139,64 @@ def read_micro_batch(
     for place, token in after_cut:
         labels[place] = token
     _check_vocabulary(ids, pieces, splits)
-    bounds = [0, *ends.tolist()] + ([num_tokens] if real < num_tokens else [])
+    extras = _read_extras(pieces, begins, splits, labels)
+    bounds = [0, *sorted([*ends.tolist(), *extras.inner])]
+    bounds += [num_tokens] if real < num_tokens else []
     return PackedBatch(
         input_ids=torch.from_numpy(ids)[None],
         labels=torch.from_numpy(labels)[None],
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         num_tokens=real,
+        pairs=tuple(
+            Pair(bounds.index(begin), splits[source].name, number)
+            for begin, source, number in extras.pairs
+        ),
+        images=None if extras.images is None else undecoded(extras.images),
     )
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What documents with images or masks bring into a micro-batch beside their tokens."""
+
+    images: list[StoredImage] | None
+    """None where no source has images."""
+    pairs: list[tuple[int, int, int]]
+    """First token, source number and document number of each pair."""
+    inner: list[int]
+    """First token of the second document of each pair."""
+
+
+def _read_extras(
+    pieces: IntArray, begins: IntArray, splits: Sequence[PreparedSplit], labels: IntArray
+) -> _Extras:
+    """Images and pairs in order; takes the labels that the documents' masks do not have."""
+    if all(split.images is None for split in splits):
+        return _Extras(None, [], [])
+    images: list[StoredImage] = []
+    extras = _Extras(images, [], [])
+    # All pieces in order, for so lie the images.
+    for (source, document, start, length, _), begin in zip(
+        pieces.tolist(), begins.tolist(), strict=True
+    ):
+        split = splits[source]
+        index = split.images
+        if index is None:
+            continue
+        assert start == 0, "documents with images are never cut"
+        number = np.array([document])
+        (shard,), (offset,) = split.locate(number)
+        mask = index.masks[shard][offset : offset + length]
+        # The label of a token is the token after it, and so is its mask.
+        labels[begin : begin + length - 1][mask[1:] == 0] = IGNORE_LABEL
+        shards, places = split.places(number)
+        for image in index.images(shard, int(places[0])):
+            images.append(replace(image, first=begin + image.first))
+        chosen = int(index.totals(shards, places)[0, CHOSEN])
+        if chosen:
+            extras.pairs.append((begin, source, document))
+            extras.inner.append(begin + chosen)
+    return extras
 
 
 def _check_vocabulary(ids: IntArray, pieces: IntArray, splits: Sequence[PreparedSplit]) -> None:

@@ -6,8 +6,6 @@ ends. Where shards end depends on the documents alone, so a run that was killed 
 writes the same bytes as one that was not. The manifest comes last and means "whole".
 """
 
-import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,20 +19,24 @@ from tokenizers import Tokenizer
 
 from fulmen.data.buckets import length_histogram
 from fulmen.data.config import PrepareConfig
+from fulmen.data.folder import PROGRESS, check_finished, kept_shards, work_on
 from fulmen.data.reading import InputFile, check_parquet, input_signature, list_input, read_chunks
 from fulmen.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, file_sha256, read_manifest
 from fulmen.data.tokenise import (
+    TOKENIZER_FILE,
     EncodeSettings,
     encode_chunks,
     load_tokenizer,
     read_texts,
+    special_id,
+    token_dtype,
+    tokenizer_path,
     train_tokenizer,
+    vocabulary_size,
 )
 from fulmen.data.writing import ShardWriter, as_json, write_whole
 
-TOKENIZER_FILE = "tokenizer.json"
 REJECTED_FILE = "rejected.jsonl"
-_PROGRESS = ".progress"
 
 
 def prepare(config: PrepareConfig, *, console: Console) -> dict[str, Any]:
@@ -51,22 +53,15 @@ def prepare(config: PrepareConfig, *, console: Console) -> dict[str, Any]:
     )
     check_parquet(files, config.text_field)
     settings = _settings(config, files)
-    progress = output / _PROGRESS
     if not (output / MANIFEST).exists():
-        _claim_folder(output)
-        with open(progress / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"output={output}: another run is preparing it") from None
-            _begin(output, settings)
+        with work_on(output, settings):
             tokenizer = _make_tokenizer(config, files, output, console)
             shards = _write_shards(config, files, output, tokenizer, console)
             _finish(config, output, settings, tokenizer, shards, console)
     else:
-        _check_finished(output, settings)
+        check_finished(output, settings)
         console.print(f"{output} is whole already, with the same settings: nothing to do")
-    shutil.rmtree(progress, ignore_errors=True)
+    shutil.rmtree(output / PROGRESS, ignore_errors=True)
     return read_manifest(output)
 
 
@@ -84,40 +79,14 @@ def _check_config(config: PrepareConfig) -> None:
     if config.num_workers < 0:
         raise ValueError(f"num_workers={config.num_workers} must be 0 (every core) or more")
     if config.tokenizer != "train":
-        _end_of_document_id(load_tokenizer(str(_tokenizer_path(config))), config)
+        path = tokenizer_path(config.tokenizer)
+        special_id(load_tokenizer(str(path)), "end_of_document", config.end_of_document)
         return
     if config.vocab_size < 257:
         raise ValueError(f"vocab_size={config.vocab_size} must be 257 or more: 256 bytes and the "
                          "end-of-document token")  # fmt: skip
     if config.train_sample_mb <= 0:
         raise ValueError(f"train_sample_mb={config.train_sample_mb} must be above 0")
-
-
-def _tokenizer_path(config: PrepareConfig) -> Path:
-    path = Path(config.tokenizer)
-    if path.is_dir():
-        path = path / TOKENIZER_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"tokenizer={config.tokenizer}: {path} does not exist: give a tokenizer.json, a folder "
-            "with one, or tokenizer=train"
-        )
-    return path
-
-
-def _end_of_document_id(tokenizer: Tokenizer, config: PrepareConfig) -> int:
-    token_id = tokenizer.token_to_id(config.end_of_document)
-    if token_id is None:
-        special = [
-            str(token.content)
-            for token in tokenizer.get_added_tokens_decoder().values()
-            if token.special
-        ]
-        raise ValueError(
-            f"tokenizer={config.tokenizer} has no token end_of_document={config.end_of_document}: "
-            f"its special tokens are {', '.join(special[:20]) or 'none'}"
-        )
-    return int(token_id)
 
 
 def _settings(config: PrepareConfig, files: Sequence[InputFile]) -> dict[str, Any]:
@@ -131,66 +100,15 @@ def _settings(config: PrepareConfig, files: Sequence[InputFile]) -> dict[str, An
         settings["tokenizer"] = "train"
         settings["vocab_size"] = config.vocab_size
         settings["train_sample_mb"] = config.train_sample_mb
+        if config.special_tokens:
+            settings["special_tokens"] = list(config.special_tokens)
     else:
-        settings["tokenizer"] = file_sha256(_tokenizer_path(config))
+        settings["tokenizer"] = file_sha256(tokenizer_path(config.tokenizer))
     for key in ("end_of_document", "text_field", "document_per"):
         settings[key] = getattr(config, key)
     settings["validation_fraction"] = config.validation_fraction
     settings["shard_tokens"] = config.shard_tokens
     return settings
-
-
-def _check_same_settings(output: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [
-        f"{key} ({there.get(key, 'unset')} there, {now.get(key, 'unset')} now)"
-        for key in {**there, **now}
-        if there.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"output={output} was prepared or begun with other settings: {', '.join(changed)}: "
-            "choose another output, or remove that folder"
-        )
-
-
-def _check_finished(output: Path, settings: dict[str, Any]) -> None:
-    manifest = read_manifest(output)
-    _check_same_settings(output, manifest["settings"], settings)
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            for kind in ("tokens", "index"):
-                path = output / shard[f"{kind}_file"]
-                if not path.is_file() or path.stat().st_size != shard[f"{kind}_bytes"]:
-                    raise ValueError(
-                        f"{path} is missing or has another size than its manifest says: "
-                        f"remove {output} and run again"
-                    )
-
-
-def _claim_folder(output: Path) -> None:
-    """Make the folder, or make sure that it is ours."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        strange = sorted(path.name for path in output.iterdir())
-        if strange and _PROGRESS not in strange:
-            raise ValueError(
-                f"output={output} holds other files ({', '.join(strange[:3])}): give a new or "
-                "empty folder"
-            )
-        (output / _PROGRESS).mkdir(exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output={output} cannot be written: {error}") from None
-
-
-def _begin(output: Path, settings: dict[str, Any]) -> None:
-    progress = output / _PROGRESS
-    kept = progress / "settings.json"
-    if kept.exists():
-        _check_same_settings(output, json.loads(kept.read_text(encoding="utf-8")), settings)
-    else:
-        write_whole(kept, as_json(settings), temporary_folder=progress)
-    for left_over in progress.glob("*.tmp"):
-        left_over.unlink()
 
 
 def _make_tokenizer(
@@ -204,11 +122,12 @@ def _make_tokenizer(
                 _sample_texts(config, files),
                 vocab_size=config.vocab_size,
                 end_of_document=config.end_of_document,
+                special_tokens=config.special_tokens,
             )
             content = trained.to_str(pretty=True).encode()
         else:
-            content = _tokenizer_path(config).read_bytes()
-        write_whole(path, content, temporary_folder=output / _PROGRESS)
+            content = tokenizer_path(config.tokenizer).read_bytes()
+        write_whole(path, content, temporary_folder=output / PROGRESS)
     return load_tokenizer(str(path))
 
 
@@ -235,15 +154,15 @@ def _write_shards(
     console: Console,
 ) -> list[dict[str, Any]]:
     """Write the shards that are not there yet; the records of all, in order."""
-    progress = output / _PROGRESS
-    shards = _kept_shards(output)
+    progress = output / PROGRESS
+    shards = kept_shards(output)
     start: tuple[int, int] = tuple(shards[-1]["end"]) if shards else (0, 0)
     if shards:
         console.print(f"going on after {len(shards)} finished shard(s) of an interrupted run")
     encode = EncodeSettings(
         tokenizer_file=str(output / TOKENIZER_FILE),
-        end_of_document_id=_end_of_document_id(tokenizer, config),
-        dtype=_dtype(tokenizer),
+        end_of_document_id=special_id(tokenizer, "end_of_document", config.end_of_document),
+        dtype=token_dtype(tokenizer),
         text_field=config.text_field,
         validation_fraction=config.validation_fraction,
     )
@@ -254,7 +173,9 @@ def _write_shards(
     chunks = read_chunks(files, text_field=config.text_field, start=start)
     writer = new_writer()
     with _Bar(files, start, shards, console) as bar:
-        for chunk, encoded in encode_chunks(encode, chunks, num_workers=_num_workers(config)):
+        for chunk, encoded in encode_chunks(
+            encode, chunks, num_workers=num_workers(config.num_workers)
+        ):
             ends = np.cumsum(np.maximum(encoded.lengths, 0))
             begin = 0
             while begin < len(ends):
@@ -274,31 +195,9 @@ def _write_shards(
     return shards
 
 
-def _kept_shards(output: Path) -> list[dict[str, Any]]:
-    """Records of the shards that an interrupted run finished, up to the first unfinished one."""
-    shards: list[dict[str, Any]] = []
-    while (record := output / _PROGRESS / f"shard-{len(shards):05d}.json").exists():
-        shard = json.loads(record.read_text(encoding="utf-8"))
-        for part in shard["splits"].values():
-            for kind in ("tokens", "index"):
-                path = output / part[f"{kind}_file"]
-                if not path.is_file() or path.stat().st_size != part[f"{kind}_bytes"]:
-                    return shards
-        shards.append(shard)
-    return shards
-
-
-def _dtype(tokenizer: Tokenizer) -> str:
-    return "uint16" if _vocab_size(tokenizer) <= 2**16 else "uint32"
-
-
-def _vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: ids need not be without gaps."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-
-def _num_workers(config: PrepareConfig) -> int:
-    return config.num_workers or len(os.sched_getaffinity(0))
+def num_workers(given: int) -> int:
+    """Processes of a preparation: as many as given, or one a core."""
+    return given or len(os.sched_getaffinity(0))
 
 
 class _Bar:
@@ -365,7 +264,7 @@ def _finish(
     console: Console,
 ) -> None:
     """Put the list of rejected lines in place, judge it, and write the manifest."""
-    progress = output / _PROGRESS
+    progress = output / PROGRESS
     totals = {
         key: sum(shard[key] for shard in shards)
         for key in ("documents", "tokens", "rejected", "empty")
@@ -392,12 +291,12 @@ def _finish(
         "format_version": FORMAT_VERSION,
         "settings": settings,
         "tokenizer": {"file": TOKENIZER_FILE, "sha256": file_sha256(output / TOKENIZER_FILE)},
-        "vocab_size": _vocab_size(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "end_of_document": {
             "token": config.end_of_document,
-            "id": _end_of_document_id(tokenizer, config),
+            "id": special_id(tokenizer, "end_of_document", config.end_of_document),
         },
-        "dtype": _dtype(tokenizer),
+        "dtype": token_dtype(tokenizer),
         **totals,
         "splits": {},
     }
@@ -413,7 +312,7 @@ def _finish(
             "shards": parts,
         }
         console.print(f"split {split}: {documents:,} documents, {tokens:,} tokens")
-        _print_lengths(lengths, tokens, console)
+        print_lengths(lengths, tokens, console)
         if not documents and (split == "train" or config.validation_fraction):
             console.print(
                 f"warning: split {split} is empty: change validation_fraction="
@@ -423,7 +322,8 @@ def _finish(
     console.print(f"{output} is whole: vocab_size={manifest['vocab_size']}")
 
 
-def _print_lengths(lengths: list[dict[str, int]], tokens: int, console: Console) -> None:
+def print_lengths(lengths: list[dict[str, int]], tokens: int, console: Console) -> None:
+    """One line for each row of `length_histogram`."""
     for row in lengths:
         console.print(
             f"  {row['from']:>10,} to {2 * row['from'] - 1:>10,} tokens: "

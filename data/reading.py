@@ -269,6 +269,12 @@ def _line_parts(file: InputFile) -> Iterator[tuple[list[bytes], int]]:
         yield [last], used
 
 
+def read_lines(file: InputFile) -> Iterator[bytes]:
+    """The undecoded lines of a file."""
+    for lines, _ in _line_parts(file):
+        yield from lines
+
+
 def _parquet_parts(file: InputFile, text_field: str) -> Iterator[tuple[list[str | None], int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fulmen.data.image_shards import ImageIndex
+
 IntArray = npt.NDArray[np.int64]
 
 FORMAT_VERSION = 1
@@ -92,12 +94,15 @@ class PreparedSplit:
                 f"{manifest['vocab_size']} or prepare the data with another tokenizer"
             )
         if verify is None:
-            verify = sum(shard["tokens_bytes"] for shard in shards) < VERIFY_BELOW_BYTES
+            bulk = sum(shard["tokens_bytes"] + shard.get("images_bytes", 0) for shard in shards)
+            verify = bulk < VERIFY_BELOW_BYTES
         for number, shard in enumerate(shards):
             own = number % num_parts == part
             whole = own and verify
-            self._check(shard["tokens_file"], shard["tokens_bytes"], shard["tokens_sha256"], whole)
-            self._check(shard["index_file"], shard["index_bytes"], shard["index_sha256"], own)
+            for kind in (key.removesuffix("_file") for key in shard if key.endswith("_file")):
+                checked = own if "index" in kind else whole
+                file, size, sha256 = (shard[f"{kind}_{key}"] for key in ("file", "bytes", "sha256"))
+                self._check(file, size, sha256, checked)
 
         if len(shards) > 100:
             # Each map holds a file open, and the usual soft limit is 1024.
@@ -113,6 +118,8 @@ class PreparedSplit:
         # What the split holds, wherever it lies: equal fingerprint = equal documents by number.
         held = [dtype.name, *(shard["tokens_sha256"] for shard in shards)]
         held += [shard["index_sha256"] for shard in shards]
+        for kind in ("mask", "images", "image_index", "documents_index"):
+            held += [shard[f"{kind}_sha256"] for shard in shards if f"{kind}_sha256" in shard]
         self.fingerprint = hashlib.sha256(" ".join(held).encode()).hexdigest()[:16]
         # Plain views of the maps: slicing a np.memmap costs several times as much.
         self.tokens = [
@@ -123,6 +130,8 @@ class PreparedSplit:
             np.asarray(np.load(self.path / shard["index_file"], mmap_mode="r")) for shard in shards
         ]
         self._first = np.cumsum([0, *(shard["documents"] for shard in shards)])
+        # What launch/prepare_images.py adds; None where every token has a label and none an image.
+        self.images = ImageIndex(self.path, manifest, split) if "tiling" in manifest else None
 
     def _check(self, file: str, size: int, sha256: str, whole: bool) -> None:
         path = self.path / file
@@ -141,20 +150,23 @@ class PreparedSplit:
 
     def locate(self, documents: IntArray) -> tuple[list[int], list[int]]:
         """Shard number and first token's offset in that shard of each document."""
-        shards = np.searchsorted(self._first, documents, side="right") - 1
-        places = (documents - self._first[shards]).tolist()
+        shards, places = self.places(documents)
         numbers: list[int] = shards.tolist()
         offsets = self.offsets
-        return numbers, [int(offsets[s][i]) for s, i in zip(numbers, places, strict=True)]
+        return numbers, [int(offsets[s][i]) for s, i in zip(numbers, places.tolist(), strict=True)]
+
+    def places(self, documents: IntArray) -> tuple[IntArray, IntArray]:
+        """Shard number, and place in that shard, of each document."""
+        shards = np.searchsorted(self._first, documents, side="right") - 1
+        return shards, documents - self._first[shards]
 
     def lengths(self, documents: IntArray) -> list[int]:
         """Tokens, end-of-document token included, of each document."""
-        shards = np.searchsorted(self._first, documents, side="right") - 1
-        places = (documents - self._first[shards]).tolist()
+        shards, places = self.places(documents)
         offsets = self.offsets
         return [
             int(offsets[s][i + 1]) - int(offsets[s][i])
-            for s, i in zip(shards.tolist(), places, strict=True)
+            for s, i in zip(shards.tolist(), places.tolist(), strict=True)
         ]
 
     def document(self, number: int) -> npt.NDArray[Any]:

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from fulmen.data.reading import Chunk, InputFile, read_chunks
 from fulmen.data.shards import IntArray
 
+TOKENIZER_FILE = "tokenizer.json"
 REJECTED, EMPTY = -1, 0
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -64,6 +66,45 @@ def load_tokenizer(file: str) -> Tokenizer:
     # A text that spells out "<end_of_document>" must not end its document.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def tokenizer_path(given: str) -> Path:
+    """The file that the key `tokenizer` names, itself or by its folder."""
+    path = Path(given)
+    if path.is_dir():
+        path = path / TOKENIZER_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"tokenizer={given}: {path} does not exist: give a tokenizer.json, a folder "
+            "with one, or tokenizer=train"
+        )
+    return path
+
+
+def special_id(tokenizer: Tokenizer, key: str, token: str) -> int:
+    """Id of the special token that a key names; ValueError where the tokenizer has none."""
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
+        special = [
+            str(added.content)
+            for added in tokenizer.get_added_tokens_decoder().values()
+            if added.special
+        ]
+        raise ValueError(
+            f"the tokenizer has no token {key}={token}: "
+            f"its special tokens are {', '.join(special[:20]) or 'none'}"
+        )
+    return int(token_id)
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: ids need not be without gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """What a shard's tokens are kept as."""
+    return "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
 
 
 @functools.lru_cache(maxsize=1)
@@ -206,15 +247,24 @@ def start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def train_tokenizer(texts: Iterator[str], *, vocab_size: int, end_of_document: str) -> Tokenizer:
-    """Train a byte-level BPE, so that any text can be encoded; end_of_document has id 0."""
+def train_tokenizer(
+    texts: Iterator[str],
+    *,
+    vocab_size: int,
+    end_of_document: str,
+    special_tokens: Sequence[str] = (),
+) -> Tokenizer:
+    """Train a byte-level BPE, so that any text can be encoded; end_of_document has id 0.
+
+    The other special tokens follow.
+    """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[end_of_document],
+        special_tokens=[end_of_document, *special_tokens],
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )

@@ -41,7 +41,7 @@ class ShardWriter:
     def __init__(self, number: int, *, output: Path, progress: Path, dtype: str) -> None:
         self.number, self.tokens, self.documents, self.rejected, self.empty = number, 0, 0, 0, 0
         self._output, self._progress, self._dtype = output, progress, dtype
-        self._parts: dict[str, _Part] = {}
+        self._parts: dict[str, TokenPart] = {}
         self._rejected_lines: list[bytes] = []
         self._end: tuple[int, int] | None = None
 
@@ -65,7 +65,7 @@ class ShardWriter:
                 continue
             if split not in self._parts:
                 name = f"{split}-{self.number:05d}"
-                self._parts[split] = _Part(name, self._output, self._progress, self._dtype)
+                self._parts[split] = TokenPart(name, self._output, self._progress, self._dtype)
             chosen = tokens[np.repeat(mine, held)] if mine.sum() < (held > 0).sum() else tokens
             self._parts[split].add(chosen, held[mine])
         for place in range(begin, stop):
@@ -97,7 +97,7 @@ class ShardWriter:
         return record
 
 
-class _Part:
+class TokenPart:
     """The token and index file of one shard and split."""
 
     def __init__(self, name: str, output: Path, progress: Path, dtype: str) -> None:

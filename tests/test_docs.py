@@ -19,6 +19,7 @@ DOCUMENTS = [
     "docs/memory.md",
     "docs/kernels.md",
     "docs/data.md",
+    "docs/images.md",
     "docs/huggingface.md",
     "docs/vision.md",
     "docs/parallelism.md",
