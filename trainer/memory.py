@@ -59,6 +59,7 @@ from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.text import TextModel, count_active_parameters, count_parameters
 from fulmen.parallel.zero import expert_shard_dim
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.groups import Settings, resolve_groups
 
 GIB = 2**30
 FP32 = 4
@@ -112,6 +113,11 @@ def _count(values: tuple) -> ModelCount:
 def count_model(config: ModelConfig) -> ModelCount:
     """Parameters of a model of these shapes."""
     return _count(astuple(config))
+
+
+def list_settings(config: RunConfig) -> dict[str, Settings]:
+    """How each parameter trains, by name; `ValueError` for groups that do not fit the model."""
+    return resolve_groups(config.optim, [name for name, _ in count_model(config.model).shapes])
 
 
 def compute_bytes(config: RunConfig) -> int:
