@@ -40,11 +40,6 @@ def resolve_groups(config: OptimConfig, names: Collection[str]) -> dict[str, Set
     return settings
 
 
-def frozen_names(config: OptimConfig, names: Collection[str]) -> frozenset[str]:
-    """Of the parameters that keep their values."""
-    return frozenset(n for n, one in resolve_groups(config, names).items() if one.frozen)
-
-
 def _settings_of(config: OptimConfig, name: str) -> Settings:
     for group, values in config.groups.items():
         if re.match(values.match, name):

@@ -24,7 +24,7 @@ from fulmen.parallel.progress import phase
 from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.evaluate import evaluate
-from fulmen.trainer.flops import Throughput, device_peak
+from fulmen.trainer.flops import Throughput, count_passes_by_part, device_peak
 from fulmen.trainer.groups import resolve_groups
 from fulmen.trainer.inputs import model_inputs
 from fulmen.trainer.long_context.in_loop import LongContext
@@ -88,6 +88,10 @@ class Trainer:
             seq_len=config.data.seq_len,
             world_size=mesh.world_size,
             peak=device_peak(mesh.device, dtype),
+            passes=count_passes_by_part(
+                [(name, p.shape) for name, p in self.engine.parameters.items()],
+                self.engine.parameters.keys() - self.engine.trainable.keys(),
+            ),
         )
 
     def fit(self) -> None:

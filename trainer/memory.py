@@ -88,6 +88,10 @@ class Unit:
     """Numbers when gathered on a rank."""
     shard: int
     """Numbers that the rank with most of them keeps."""
+    trained_whole: int
+    """Of `whole`, those that are not frozen."""
+    trained_shard: int
+    """Of `shard`, likewise."""
     copy_bytes: int
     """Of a gathered number."""
 
@@ -120,6 +124,13 @@ def list_settings(config: RunConfig) -> dict[str, Settings]:
     return resolve_groups(config.optim, [name for name, _ in count_model(config.model).shapes])
 
 
+def frozen_of(config: RunConfig) -> frozenset[str]:
+    """Names of the parameters that do not train."""
+    if not config.optim.groups:  # as the planner's search asks often
+        return frozenset()
+    return frozenset(name for name, one in list_settings(config).items() if one.frozen)
+
+
 def compute_bytes(config: RunConfig) -> int:
     """Of a number in the forward and backward pass."""
     return 2 if config.trainer.dtype == "bfloat16" else FP32
@@ -136,6 +147,7 @@ def list_units(config: RunConfig, world_size: int) -> list[Unit]:
         parallel.ep * parallel.etp,
         compute_bytes(config),
         world_size,
+        frozen_of(config),
     )
 
 
@@ -147,6 +159,7 @@ def _list_units(
     split: int,
     copy_bytes: int,
     world_size: int,
+    frozen: frozenset[str],
 ) -> list[Unit]:
     sizes: dict[tuple[int, str], list[int]] = {}
     for name, shape in model.shapes:
@@ -160,11 +173,14 @@ def _list_units(
             shard = whole // ranks  # a dim that divides
         else:
             shard = ceil(shape[0] / ranks) * prod(shape[1:])
-        size = sizes.setdefault((layer, unit), [0, 0])
+        size = sizes.setdefault((layer, unit), [0, 0, 0, 0])
         size[0] += whole
         size[1] += shard
+        if name not in frozen:
+            size[2] += whole
+            size[3] += shard
     units = []
-    for (layer, unit), (whole, shard) in sizes.items():
+    for (layer, unit), (whole, shard, trained_whole, trained_shard) in sizes.items():
         experts = unit == "experts"
         units.append(
             Unit(
@@ -174,6 +190,8 @@ def _list_units(
                 world_size // split if experts else world_size,
                 whole,
                 shard,
+                trained_whole,
+                trained_shard,
                 FP32 if unit == "gate" else copy_bytes,
             )
         )
@@ -369,7 +387,8 @@ class Held:
     def __init__(self, units: list[Unit], micro_batches: int) -> None:
         self._micro_batches = micro_batches
         shards = sum(unit.shard for unit in units)
-        self._fixed = {"weights": FP32 * shards, "moments": 2 * FP32 * shards}
+        trained = sum(unit.trained_shard for unit in units)
+        self._fixed = {"weights": FP32 * shards, "moments": 2 * FP32 * trained}
         self._copies = sum(unit.copy_bytes * unit.whole for unit in units if unit.stage < 3)
         self._gradients = sum(self._before(unit) for unit in units)
 
@@ -377,7 +396,7 @@ class Held:
         """Their gradients become shards, their copies go."""
         for unit in units:
             self._copies -= unit.copy_bytes * unit.whole if unit.stage < 3 else 0
-            self._gradients += FP32 * unit.shard - self._before(unit)
+            self._gradients += FP32 * unit.trained_shard - self._before(unit)
 
     def parts(
         self, *near: Unit, activations: int, working: int = 0, head: int = 0, buffers: int = 0
@@ -397,7 +416,7 @@ class Held:
         """Bytes of a unit's gradients before those of the last micro-batch."""
         if self._micro_batches == 1:
             return 0
-        return FP32 * (unit.shard if unit.stage >= 2 else unit.whole)
+        return FP32 * (unit.trained_shard if unit.stage >= 2 else unit.trained_whole)
 
 
 def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[Parts]:
@@ -417,15 +436,15 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
     zero = Held(units, micro_batches)
     parts, reduce = zero.parts, zero.reduce
     scratch = head_scratch(s.T, s.h, config.model.vocab_size, s.e)
-    in_head = 2 * s.e * s.T * s.h + s.e * head.whole + scratch
+    in_head = 2 * s.e * s.T * s.h + s.e * head.trained_whole + scratch
     yield parts(head, activations=rest + sum(layers) + on_its_way, head=in_head)
 
     reduce(head)
-    last_reduced = FP32 * head.whole
+    last_reduced = FP32 * head.trained_whole
     yield parts(
         head,
         activations=rest + sum(layers) + on_its_way,
-        working=s.e * (2 * s.T * s.h + head.whole),
+        working=s.e * (2 * s.T * s.h + head.trained_whole),
         buffers=last_reduced,
     )
     for number in reversed(range(len(layers))):
@@ -435,7 +454,9 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         # The gather of the next units in line, before it is copied to its place.
         ahead = max([u.copy_bytes * u.whole for u in near if u.stage == 3], default=0)
         before = to_the_end + sum(layers[:number])
-        block = _block_moments(config, number, s.e * experts.whole, s.e * dense.whole)
+        block = _block_moments(
+            config, number, s.e * experts.trained_whole, s.e * dense.trained_whole
+        )
         yield parts(
             *near,
             activations=before + block.in_experts,
@@ -447,24 +468,24 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         yield parts(
             *near,
             activations=before + block.behind_experts,
-            working=s.e * (3 * s.T * s.h + experts.whole),
-            buffers=FP32 * experts.whole + ahead,
+            working=s.e * (3 * s.T * s.h + experts.trained_whole),
+            buffers=FP32 * experts.trained_whole + ahead,
         )
         yield parts(
             *near,
             activations=before + block.in_attention,
             working=block.attention_work,
-            buffers=FP32 * experts.whole + ahead,
+            buffers=FP32 * experts.trained_whole + ahead,
         )
         reduce(dense, layer["gate"])
-        last_reduced = FP32 * dense.whole
+        last_reduced = FP32 * dense.trained_whole
     embedding = ends["embed_tokens"]
     reduce(embedding, ends["norm"])
     yield parts(
         embedding,
         activations=to_the_end,
-        working=s.e * (s.T * s.h + embedding.whole),
-        buffers=FP32 * embedding.whole,
+        working=s.e * (s.T * s.h + embedding.trained_whole),
+        buffers=FP32 * embedding.trained_whole,
     )
     yield parts(activations=0)
 

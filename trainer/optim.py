@@ -34,6 +34,8 @@ class Optimizer:
         self._local = {name: nn.Parameter(local_part(p)) for name, p in self._sharded.items()}
         self._config = config
         self._settings = settings or {}
+        self._optimizer: torch.optim.Optimizer
+        self._steps: dict[str, int]
         self._moments = {
             name: {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             for name, parameter in self._local.items()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import VOCAB_SIZE, tiny_model
+from support.tiny import VOCAB_SIZE, tiny_config, tiny_model
 from support.worlds import run_world
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +24,7 @@ from fulmen.parallel.zero import ZeroEngine
 from fulmen.trainer.config import GroupConfig, OptimConfig
 from fulmen.trainer.groups import Settings, resolve_groups
 from fulmen.trainer.inputs import model_inputs
+from fulmen.trainer.memory import FP32, moments
 from fulmen.trainer.optim import Optimizer
 
 pytestmark = pytest.mark.slow
@@ -260,7 +261,15 @@ def test_frozen_parameters_hold_nothing(size: int, case: Case) -> None:
         assert {one["weights"] for one in held} == {trains}
     elif 0 not in stages:
         assert sum(one["weights"] for one in held) == trains
+    run = tiny_config("none")
+    run.optim.groups, run.parallel = PATTERNS[case.pattern], ParallelConfig(**case.mesh)
+    predicted = list(moments(run, size, 2))
+    assert max(one["moments"] for one in held) == predicted[-1]["moments"] // FP32
+    assert max(one["weights"] for one in held) == predicted[-1]["gradients"] // FP32
     if size == 2:
+        # In the head nothing of the last micro-batch is there yet.
+        of_head = predicted[0]["gradients"] // FP32
+        assert max(one["gradients"] for one in held) == of_head
         # Gradients that are accumulated: whole below stage 2, else shards.
         if max(stages) < 2:
             assert {one["gradients"] for one in held} == {trains}
