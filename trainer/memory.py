@@ -428,7 +428,8 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         by_layer.setdefault(unit.layer, {})[unit.name] = unit
     ends = by_layer.pop(-1)
     head = ends["lm_head"]
-    layers = [layer_activations(config, number) for number in sorted(by_layer)]
+    lowest = _lowest_trained(units, len(by_layer))
+    layers = [layer_activations(config, n) if n >= lowest else 0 for n in sorted(by_layer)]
     on_its_way = s.e * s.T * s.h if config.trainer.offload_checkpoints else 0
     rest = model_activations(config)
     to_the_end = rest - s.T * (s.e * s.h + FP32)  # the last norm's part goes first
@@ -447,7 +448,7 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         working=s.e * (2 * s.T * s.h + head.trained_whole),
         buffers=last_reduced,
     )
-    for number in reversed(range(len(layers))):
+    for number in reversed(range(lowest, len(layers))):
         layer = by_layer[number]
         dense, experts = layer["dense"], layer["experts"]
         near = list(layer.values())
@@ -479,6 +480,8 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         )
         reduce(dense, layer["gate"])
         last_reduced = FP32 * dense.trained_whole
+    for number in range(lowest):
+        reduce(*by_layer[number].values())
     embedding = ends["embed_tokens"]
     reduce(embedding, ends["norm"])
     yield parts(
@@ -488,6 +491,13 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         buffers=FP32 * embedding.trained_whole,
     )
     yield parts(activations=0)
+
+
+def _lowest_trained(units: list[Unit], num_layers: int) -> int:
+    """The first layer that has a backward pass, and so keeps anything for it."""
+    trained = {unit.layer for unit in units if unit.trained_whole and unit.layer >= 0}
+    embedding = any(unit.trained_whole for unit in units if unit.name == "embed_tokens")
+    return 0 if embedding else min(trained, default=num_layers)
 
 
 @dataclass(frozen=True)
