@@ -121,7 +121,7 @@ class PrepareImagesConfig:
     """Pixels of a tile's side."""
     patch_size: int = 14
     """Pixels of a patch's side; one token each."""
-    max_side: int = 6
+    max_tiles_per_side: int = 6
     """Tiles along one side of a grid."""
     max_tiles: int = 18
     """Tiles of a grid."""

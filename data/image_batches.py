@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from fulmen.data.image_decoding import ImageDecoder, TileJob
 from fulmen.data.image_shards import StoredImage
-from fulmen.data.images import CLIP_MEAN, CLIP_STD
-from fulmen.models.image_layout import tile_range
+from fulmen.models.image_layout import PIXEL_MEAN, PIXEL_STD, tile_range
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Pair:
     document: int
     """Number, in cu_seqlens, of the preferred one; the other is the next."""
     source: str
-    """Name of the source, and in it
-    the number of the pair: what a stored reference is looked up by."""
+    """Name of the source."""
     number: int
+    """Number of the pair in the source: what stored log-probabilities are looked up by."""
 
 
 @dataclass(frozen=True)
@@ -45,31 +45,47 @@ class PackedImages:
         return sum(image.layout.num_tiles for image in self.images)
 
 
+def undecoded(images: Sequence[StoredImage]) -> PackedImages:
+    """The images of a micro-batch, without tiles."""
+    return PackedImages(tuple(images), torch.empty((0, 3, 0, 0), dtype=torch.uint8), 0)
+
+
 def decode_images(
-    images: Sequence[StoredImage],
+    batches: Sequence[PackedImages],
     decoder: ImageDecoder,
     *,
     part: int = 0,
     num_parts: int = 1,
     tile_size: int,
-) -> PackedImages:
-    """Decode those images that have tiles in a part, and keep the part's tiles."""
-    ends = np.cumsum([0, *(image.layout.num_tiles for image in images)]).tolist()
-    begin, end = tile_range(ends[-1], part, num_parts)
-    jobs = [
-        TileJob(image, max(begin - first, 0), min(end, last) - first)
-        for image, first, last in zip(images, ends, ends[1:], strict=False)
-        if first < end and last > begin
-    ]
-    tiles = torch.empty((end - begin, 3, tile_size, tile_size), dtype=torch.uint8)
-    at, failures = 0, []
-    for pixels, problem in decoder.tiles(jobs):
-        tiles[at : at + len(pixels)] = torch.from_numpy(pixels)
-        at += len(pixels)
-        if problem:
-            failures.append(problem)
-    assert at == end - begin
-    return PackedImages(tuple(images), tiles, begin, tuple(failures))
+) -> list[PackedImages]:
+    """The same with a part of the tiles of each, from the images that have tiles in it.
+
+    All at once, so that no process waits for the last image of a micro-batch.
+    """
+    jobs, done = [], []
+    for batch in batches:
+        ends = np.cumsum([0, *(image.layout.num_tiles for image in batch.images)]).tolist()
+        begin, end = tile_range(ends[-1], part, num_parts)
+        mine = [
+            TileJob(image, max(begin - first, 0), min(end, last) - first)
+            for image, first, last in zip(batch.images, ends[:-1], ends[1:], strict=True)
+            if first < end and last > begin
+        ]
+        jobs += mine
+        tiles = torch.empty((end - begin, 3, tile_size, tile_size), dtype=torch.uint8)
+        done.append((batch, len(mine), begin, tiles))
+    decoded = decoder.tiles(jobs)
+    filled = []
+    for batch, num_jobs, begin, tiles in done:
+        at, failures = 0, []
+        for pixels, problem in islice(decoded, num_jobs):
+            tiles[at : at + len(pixels)] = torch.from_numpy(pixels)
+            at += len(pixels)
+            if problem:
+                failures.append(problem)
+        assert at == len(tiles)
+        filled.append(PackedImages(batch.images, tiles, begin, tuple(failures)))
+    return filled
 
 
 def normalise_tiles(tiles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,5 +97,5 @@ def normalise_tiles(tiles: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 @functools.lru_cache(maxsize=8)
 def _clip(device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and summand `[3, 1, 1]` of the normalisation: copied to a device once."""
-    mean, std = (torch.tensor(one).reshape(3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(one).reshape(3, 1, 1) for one in (PIXEL_MEAN, PIXEL_STD))
     return (1 / (255 * std)).to(device), (-mean / std).to(device)

@@ -198,7 +198,7 @@ def encode_all(
         return [record for records in singly for record in records]
 
     try:
-        yield from workers.map(encode, chunks, lost=one_by_one)
+        yield from workers.map(encode, chunks, lost=one_by_one, ahead=2)
     finally:
         workers.close()
 

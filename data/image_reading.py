@@ -19,8 +19,9 @@ SUFFIXES = [".tar", ".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst"]
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TEXT_ENDINGS = (".txt", ".caption")
 _PARQUET_ROWS = 16
-# Records of one task of a worker: enough to hide its cost, few enough to hold in memory.
-_CHUNK_RECORDS, _CHUNK_BYTES = 64, 16 * 2**20
+# Records of one task of a worker: enough to hide its cost, few enough that all that are under way,
+# images of a jsonl included, can be held in memory.
+_CHUNK_RECORDS, _CHUNK_BYTES = 16, 16 * 2**20
 
 
 @dataclass(frozen=True)

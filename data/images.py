@@ -30,8 +30,6 @@ from PIL import (  # the plugins, because Pillow knows only formats that were im
 
 from fulmen.models.image_layout import ImageLayout, Tiling, image_layout
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # What a photograph or a scan comes as; the other decoders of Pillow start programs, or are rarely
 # used and so rarely safe.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

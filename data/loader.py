@@ -205,7 +205,7 @@ def _read_step(
 ) -> StepBatch:
     plan = planner.next_step()
     totals = {item.name: getattr(plan, item.name) for item in fields(StepTotals)}
-    micro_batches = [reader.read(pieces) for pieces in plan.pieces[dp_rank::dp_size]]
+    micro_batches = reader.read(plan.pieces[dp_rank::dp_size])
     return StepBatch(micro_batches=micro_batches, **totals)
 
 
@@ -354,7 +354,7 @@ def evaluation_batches(
     )
     plan += [_as_array([])] * (-len(plan) % dp_size)
     reader = MicroBatchReader([split], micro_batch_tokens, tile_part=tile_part)
-    return (reader.read(pieces) for pieces in plan[dp_rank::dp_size])
+    return (reader.read([pieces])[0] for pieces in plan[dp_rank::dp_size])
 
 
 def _plan_evaluation(

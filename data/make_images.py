@@ -25,7 +25,11 @@ COLOURS = {
 }  # fmt: skip
 KINDS = ("digits", "words", "handwritten")
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-_FORMATS = (("png", "PNG", {}), ("jpg", "JPEG", {"quality": 90}), ("webp", "WEBP", {"quality": 90}))
+_FORMATS: tuple[tuple[str, str, dict[str, int]], ...] = (
+    ("png", "PNG", {}),
+    ("jpg", "JPEG", {"quality": 90}),
+    ("webp", "WEBP", {"quality": 90}),
+)
 # One text in this many is held out.
 _HELD_OUT_OF = 10
 Members = dict[str, bytes]

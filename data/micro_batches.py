@@ -1,12 +1,13 @@
 """Read planned micro-batches: their tokens, and where there are images, their tiles."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from fulmen.data.image_batches import PackedImages, decode_images
+from fulmen.data.image_batches import decode_images
 from fulmen.data.image_decoding import ImageDecoder
-from fulmen.data.image_shards import StoredImage
 from fulmen.data.packing import PackedBatch, read_micro_batch
 from fulmen.data.shards import IntArray, PreparedSplit
+from fulmen.models.image_layout import Tiling
 
 
 class MicroBatchReader:
@@ -27,24 +28,27 @@ class MicroBatchReader:
         self._tile_size = _common_tile_size(splits)
         self._decoder = ImageDecoder(image_workers if self._tile_size else 0)
 
-    def read(self, pieces: IntArray) -> PackedBatch:
-        """One micro-batch."""
-        return read_micro_batch(
-            pieces,
-            self._splits,
-            num_tokens=self._num_tokens,
-            decode=self._decode if self._tile_size else None,
+    def read(self, micro_batches: Sequence[IntArray]) -> list[PackedBatch]:
+        """The micro-batches of these pieces."""
+        batches = [
+            read_micro_batch(pieces, self._splits, num_tokens=self._num_tokens)
+            for pieces in micro_batches
+        ]
+        part, num_parts = self._tile_part
+        decoded = decode_images(
+            [batch.images for batch in batches if batch.images is not None],
+            self._decoder,
+            part=part,
+            num_parts=num_parts,
+            tile_size=self._tile_size,
         )
+        if not decoded:
+            return batches
+        return [replace(batch, images=one) for batch, one in zip(batches, decoded, strict=True)]
 
     def close(self) -> None:
         """End the decoding processes."""
         self._decoder.close()
-
-    def _decode(self, images: list[StoredImage]) -> PackedImages:
-        part, num_parts = self._tile_part
-        return decode_images(
-            images, self._decoder, part=part, num_parts=num_parts, tile_size=self._tile_size
-        )
 
 
 def check_fits(split: PreparedSplit, seq_len: int) -> None:
@@ -55,6 +59,27 @@ def check_fits(split: PreparedSplit, seq_len: int) -> None:
             f"tokens, and documents with images are not cut: set data.seq_len={seq_len} to at "
             f"least that, or prepare the folder with max_tokens={seq_len}"
         )
+
+
+def check_vision(splits: Sequence[PreparedSplit], tiling: Tiling, image_token_id: int) -> None:
+    """ValueError for a source whose images are not those of a model's tower.
+
+    Its grids may be fewer, as those of a fixed resolution are: a document has its own layout.
+    """
+    for split in splits:
+        if split.images is None:
+            continue
+        here = split.images.tiling
+        for key, ours, theirs in (
+            ("tile_size", here.tile_size, tiling.tile_size),
+            ("patch_size", here.patch_size, tiling.patch_size),
+            ("image_token_id", split.images.special_ids["image"], image_token_id),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"model.vision.{key}={theirs}, but data.sources.{split.name} was prepared with "
+                    f"{ours} ({split.path}): set model.vision.{key}={ours}, or prepare it anew"
+                )
 
 
 def _common_tile_size(splits: Sequence[PreparedSplit]) -> int:

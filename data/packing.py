@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulmen.data.image_batches import PackedImages, Pair
+from fulmen.data.image_batches import PackedImages, Pair, undecoded
 from fulmen.data.image_shards import CHOSEN, StoredImage
 from fulmen.data.shards import IntArray, PreparedSplit
 
@@ -27,7 +27,6 @@ PENDING_LIMIT = 64
 Rest = tuple[int, int, int, int]
 # (source number, document number, first token, tokens, 1 at the document's end else 0).
 Piece = tuple[int, int, int, int, int]
-DecodeImages = Callable[[list[StoredImage]], PackedImages]
 # Columns of an array of pieces.
 SOURCE, DOCUMENT, START, LENGTH, LAST = range(5)
 
@@ -103,11 +102,10 @@ def read_micro_batch(
     splits: Sequence[PreparedSplit],
     *,
     num_tokens: int,
-    decode: DecodeImages | None = None,
 ) -> PackedBatch:
     """Read the tokens of `pieces` ([n, 5], see Piece) into a buffer of `num_tokens`.
 
-    `decode` makes the tiles of its images; without it images are left as they are stored.
+    Its images, if a source has any, come without their tiles.
     """
     ids = np.zeros(num_tokens, dtype=np.int64)
     labels = np.full(num_tokens, IGNORE_LABEL, dtype=np.int64)
@@ -153,7 +151,7 @@ def read_micro_batch(
             Pair(bounds.index(begin), splits[source].name, number)
             for begin, source, number in extras.pairs
         ),
-        images=decode(extras.images) if decode is not None else None,
+        images=None if extras.images is None else undecoded(extras.images),
     )
 
 
@@ -161,7 +159,8 @@ def read_micro_batch(
 class _Extras:
     """What documents with images or masks bring into a micro-batch beside their tokens."""
 
-    images: list[StoredImage]
+    images: list[StoredImage] | None
+    """None where no source has images."""
     pairs: list[tuple[int, int, int]]
     """First token, source number and document number of each pair."""
     inner: list[int]
@@ -172,9 +171,10 @@ def _read_extras(
     pieces: IntArray, begins: IntArray, splits: Sequence[PreparedSplit], labels: IntArray
 ) -> _Extras:
     """Images and pairs in order; takes the labels that the documents' masks do not have."""
-    extras = _Extras([], [], [])
     if all(split.images is None for split in splits):
-        return extras
+        return _Extras(None, [], [])
+    images: list[StoredImage] = []
+    extras = _Extras(images, [], [])
     # All pieces in order, for so lie the images.
     for (source, document, start, length, _), begin in zip(
         pieces.tolist(), begins.tolist(), strict=True
@@ -191,7 +191,7 @@ def _read_extras(
         labels[begin : begin + length - 1][mask[1:] == 0] = IGNORE_LABEL
         shards, places = split.places(number)
         for image in index.images(shard, int(places[0])):
-            extras.images.append(replace(image, first=begin + image.first))
+            images.append(replace(image, first=begin + image.first))
         chosen = int(index.totals(shards, places)[0, CHOSEN])
         if chosen:
             extras.pairs.append((begin, source, document))

@@ -67,7 +67,7 @@ def prepare_images(config: PrepareImagesConfig, *, console: Console) -> dict[str
 def tiling_of(config: PrepareImagesConfig) -> Tiling:
     """The rules by which images become tiles."""
     max_tiles = 0 if config.resolution == "fixed" else config.max_tiles
-    return Tiling(config.tile_size, config.patch_size, config.max_side, max_tiles)
+    return Tiling(config.tile_size, config.patch_size, config.max_tiles_per_side, max_tiles)
 
 
 def _check_config(config: PrepareImagesConfig) -> None:
@@ -79,7 +79,7 @@ def _check_config(config: PrepareImagesConfig) -> None:
         raise ValueError(
             f"tile_size={config.tile_size} must be a multiple of patch_size={config.patch_size}"
         )
-    for key in ("max_side", "max_tiles", "max_image_pixels", "max_image_mb", "max_tokens",
+    for key in ("max_tiles_per_side", "max_tiles", "max_image_pixels", "max_image_mb", "max_tokens",
                 "shard_tokens", "shard_mb"):  # fmt: skip
         if getattr(config, key) <= 0:
             raise ValueError(f"{key}={getattr(config, key)} must be above 0")

@@ -31,10 +31,11 @@ class Workers:
         jobs: Iterable[Job],
         *,
         lost: Callable[[Job], Result],
+        ahead: int = 4,
     ) -> Iterator[Result]:
         """`function` of each job, in order; `lost` of one that kills its process.
 
-        At most four jobs a process are under way or wait to be taken.
+        At most `ahead` jobs a process are under way or wait to be taken.
         """
         if not self._num_workers:
             yield from map(function, jobs)
@@ -42,7 +43,7 @@ class Workers:
         under_way: deque[tuple[Job, Future[Result], ProcessPoolExecutor]] = deque()
         for job in jobs:
             under_way.append((job, *self._submit(function, job)))
-            if len(under_way) >= 4 * self._num_workers:
+            if len(under_way) >= ahead * self._num_workers:
                 yield self._result(function, *under_way.popleft(), lost=lost)
         while under_way:
             yield self._result(function, *under_way.popleft(), lost=lost)

@@ -20,14 +20,15 @@ Schema = TypeVar("Schema")
 _OPEN = (
     r"data\.sources\.[^.=]+\.(path|weight)="
     r"|stages\.[^.=]+\.(lengths|weights|late_weights|parallel|trainer)\.[^.=]+="
+    r"|fields\.[^.=]+="
 )
 
 
 def open_mappings(override: str) -> str:
     """Let an override also add what the recipe does not have, where names are the user's own.
 
-    That is `data.sources.NAME.path=...`, and a key of one of a stage's mappings, as in
-    `stages.NAME.parallel.cp=...`.
+    That is `data.sources.NAME.path=...`, a key of one of a stage's mappings, as in
+    `stages.NAME.parallel.cp=...`, and `fields.NAME=...` of prepare_images.
     """
     if override.startswith("data.sources="):
         sys.exit(

@@ -67,7 +67,10 @@ class _Chunks(torch.autograd.Function):
             with torch.enable_grad():
                 parts = _as_tuple(ctx.function(*inputs))
             wanted = [tensor for tensor in inputs if tensor.requires_grad]
-            found = iter(torch.autograd.grad(parts, wanted, [g[chunk] for g in gradients]))
+            # Some outputs may depend on nothing but frozen weights.
+            live = [index for index, part in enumerate(parts) if part.requires_grad]
+            of_parts = [gradients[index][chunk] for index in live]
+            found = iter(torch.autograd.grad([parts[i] for i in live], wanted, of_parts))
             del parts, inputs
             for d_row in d_rows:
                 if d_row is not None:

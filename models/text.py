@@ -14,6 +14,7 @@ from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.layers import Cache, Context, RMSNorm, packed_positions, rope_tables
 from fulmen.models.lightning import LightningAttention
 from fulmen.models.moe import MoE, MoEStats
+from fulmen.models.preference import document_cross_entropy
 from fulmen.models.softmax import SoftmaxAttention
 
 
@@ -95,14 +96,26 @@ class Head(nn.Linear):
     """The output head: logits, or with labels the sum of their cross entropies."""
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, *, per_token: bool = False
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        *,
+        per_token: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """`[batch, tokens, hidden_size]` to logits, to an fp32 scalar, or to one a token."""
+        """`[batch, tokens, hidden_size]` to logits, to an fp32 scalar, or to one a token.
+
+        With the `lengths` of documents, to one a document.
+        """
         if labels is None:
             return super().forward(hidden)
         if per_token:
             losses = token_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
             return losses.view(labels.shape)
+        if lengths is not None:
+            return document_cross_entropy(
+                hidden.flatten(0, 1), self.weight, labels.flatten(), lengths
+            )
         return linear_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
 
 
@@ -131,6 +144,7 @@ class TextModel(nn.Module):
         images: Any = None,
         num_logits: int | None = None,
         per_token: bool = False,
+        per_document: bool = False,
     ) -> Tensor | LossOutput:
         """Logits `[batch, tokens, vocab_size]`, or the losses if `labels` are given.
 
@@ -148,6 +162,7 @@ class TextModel(nn.Module):
             images: handed on to `embed`; see `models/vl.py`.
             num_logits: give logits of so many last positions; None = of all.
             per_token: with labels, give each one's loss, `[batch, tokens]` fp32, and no gradients.
+            per_document: with labels and `document_lengths`, `loss_sum` is `[documents]`.
         """
         context = self._context(input_ids, cu_seqlens, document_lengths, cache, positions, row_part)
         hidden, stats = self._hidden(self.embed(input_ids, images), context, num_tokens)
@@ -156,8 +171,10 @@ class TextModel(nn.Module):
             return self.lm_head(hidden[:, first:])
         if per_token:
             return self.lm_head(hidden, labels, per_token=True)
+        if per_document and document_lengths is None:
+            raise ValueError("TextModel: per_document needs document_lengths")
         return LossOutput(
-            self.lm_head(hidden, labels),
+            self.lm_head(hidden, labels, lengths=document_lengths if per_document else None),
             torch.stack([s.aux_loss for s in stats]).sum(),
             torch.stack([s.counts for s in stats]),
             torch.stack([s.num_dropped for s in stats]).sum(),

@@ -72,10 +72,12 @@ def audit(model: nn.Module, engine: ZeroEngine, config: ParallelConfig) -> str:
     ]
     whole = sum(parameter.numel() for parameter in engine.parameters.values())
     here = sum(local_part(parameter).numel() for parameter in engine.parameters.values())
+    frozen = whole - sum(parameter.numel() for parameter in engine.trainable.values())
     dtypes = {str(parameter.dtype) for parameter in engine.parameters.values()}
     return (
         f"{_table(layers)}\n{_table(parameters)}\n"
         f"{whole:,} parameters ({', '.join(sorted(dtypes))}), {here:,} of them on this rank"
+        + (f"; {frozen:,} are frozen" if frozen else "")
     )
 
 
@@ -146,7 +148,7 @@ def _parameter_rows(model: nn.Module, engine: ZeroEngine) -> list[Row]:
             _shape(local_part(parameter).shape),
             _split(parameter),
             str(units[0]),
-            _summed_over(parameter.device_mesh),
+            _summed_over(parameter.device_mesh) if parameter.requires_grad else "none: frozen",
         )
         numbers[row] = numbers.get(row, 0) + 1
     return [(pattern, str(number), *rest) for (pattern, *rest), number in numbers.items()]

@@ -1,5 +1,6 @@
 """The one function that spreads a model over a mesh, in a fixed order."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import cast
 
@@ -36,11 +37,13 @@ def parallelize(
     seed: int,
     chunk_tokens: int | None = None,
     offload_checkpoints: bool = False,
+    frozen: Collection[str] = (),
 ) -> ZeroEngine:
     """Spread a model that was built on the meta device and give it its initial values.
 
     The order is: compilation or activation checkpointing, rows over ranks, experts over ranks, ZeRO
-    from the inside out, memory, values. Nothing is allocated before each rank knows its part.
+    from the inside out, memory, values. Nothing is allocated before each rank knows its part. The
+    parameters named in `frozen` get no gradients.
     """
     blocks = [block for block in model.layers if isinstance(block, Block)]
     assert len(blocks) == len(model.layers)
@@ -65,7 +68,7 @@ def parallelize(
         spread_moe(block.block_sparse_moe, mesh, num_groups=config.expert_token_groups)
     dense_stage = config.zero_stage
     expert_stage = dense_stage if config.expert_zero_stage is None else config.expert_zero_stage
-    engine = ZeroEngine(model, mesh, dtype=dtype)
+    engine = ZeroEngine(model, mesh, dtype=dtype, frozen=frozen)
     for block in blocks:
         # In fp32, as its product is: rounded weights would send some tokens to other experts.
         engine.shard(block.block_sparse_moe.gate, dense_stage, dtype=torch.float32)

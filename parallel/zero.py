@@ -14,10 +14,14 @@ The optimiser state is a full copy in stage 0 and sharded otherwise. All ranks s
 but experts that are spread over ep and etp only the edp ranks that hold the same. Gradients are
 *sums* over ranks: the loss is divided by global counts before the backward pass, so nothing depends
 on the number of ranks or on the size of a mesh axis.
+
+A unit may hold frozen parameters beside others, or nothing else. FSDP2 reduces the gradients that
+there are, and where no gradient passes through a unit it drops the gathered weights at the end of
+the backward pass.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -33,8 +37,20 @@ from fulmen.parallel.mesh import Mesh
 class ZeroEngine:
     """Shards a model built on the meta device, and drives its micro-batches and gradient norm."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, *, dtype: torch.dtype) -> None:
-        """`dtype` is that of the forward and backward pass; parameters and reductions are fp32."""
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        *,
+        dtype: torch.dtype,
+        frozen: Collection[str] = (),
+    ) -> None:
+        """`dtype` is that of the forward and backward pass; parameters and reductions are fp32.
+
+        `frozen` names parameters that get no gradient; they are sharded and gathered as the others.
+        """
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
         self.model = model
         self.mesh = mesh
         self.parameters: dict[str, DTensor] = {}
@@ -116,11 +132,16 @@ class ZeroEngine:
             assert isinstance(parameter, DTensor), f"{name} was left out of every ZeRO unit"
             self.parameters[name] = parameter
 
+    @property
+    def trainable(self) -> dict[str, DTensor]:
+        """Those of `parameters` that are not frozen."""
+        return {name: p for name, p in self.parameters.items() if p.requires_grad}
+
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """Norm of the whole gradient over all ranks, an fp32 scalar; scales it to `max_norm`."""
         parts: dict[int, list[Tensor]] = {}  # by the number of ranks that hold the same
-        for parameter in self.parameters.values():
+        for parameter in self.trainable.values():
             gradient = parameter.grad
             assert isinstance(gradient, DTensor), "every parameter takes part in every step"
             copies = self.mesh.world_size // gradient.device_mesh.size()
@@ -163,7 +184,13 @@ def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
     held = [tensor for tensor in tensors if tensor.numel()]
     if not held:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(held)).double().square().sum()
+    if device.type == "cpu":
+        # Row by row: over a million numbers at once torch's fp32 norm is off by 1e-5 on CPUs, and
+        # so differs from one mesh to another.
+        norms = torch.cat([torch.linalg.vector_norm(x, dim=-1).flatten() for x in held])
+    else:
+        norms = torch.stack(torch._foreach_norm(held))
+    return norms.double().square().sum()
 
 
 def local_part(parameter: DTensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -19,8 +20,22 @@ Schema = TypeVar("Schema")
 
 
 @dataclass
+class GroupConfig:
+    """Parameters that train in another way than the rest, or not at all."""
+
+    match: str = MISSING
+    """Regular expression that the beginning of a parameter's name matches, so a prefix too."""
+    lr_factor: float = 1.0
+    """Learning rate over the run's."""
+    weight_decay: float | None = None
+    """Of the group's matrices; null = optim.weight_decay."""
+    frozen: bool = False
+    """Keep the weights as they are: no gradients, no moments."""
+
+
+@dataclass
 class OptimConfig:
-    """The `optim` group: AdamW and gradient clipping."""
+    """The `optim` group: AdamW, gradient clipping and groups of parameters."""
 
     name: str = "adamw"
     """adamw (torch, fused) or apex_fused_adam (NVIDIA apex, when it is installed)."""
@@ -36,6 +51,8 @@ class OptimConfig:
     """Decoupled decay of matrices; norms have none."""
     grad_clip: float | None = 1.0
     """Largest norm of the whole gradient; null = no clipping."""
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Groups of parameters by a name of their own; of several that match, the first one counts."""
 
 
 @dataclass
@@ -153,6 +170,8 @@ class StageConfig:
     """Keys of `parallel` that differ."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Keys of `trainer` that differ."""
+    optim: dict[str, Any] = field(default_factory=dict)
+    """Keys of `optim` that differ, also within `optim.groups`."""
 
 
 @dataclass
@@ -227,6 +246,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     if not config.data.sources:
         raise ValueError("data.sources is empty: name at least one prepared source and its path")
     _check_batches(config, world_size)
+    check_groups(config.optim)
     long = config.evaluation.long_context
     key = "evaluation.long_context."
     check_tasks(long.tasks, long.lengths, long.depths, long.samples, key)
@@ -300,6 +320,23 @@ def _check_ranges(config: RunConfig) -> None:
     for key, value in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
         if not 0 <= value < 1:
             raise ValueError(f"optim.{key}={value}: must be at least 0 and below 1")
+
+
+def check_groups(config: OptimConfig) -> None:
+    """Raise `ValueError` for values of `optim.groups` that make no sense for any model."""
+    for name, group in config.groups.items():
+        key = f"optim.groups.{name}"
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            raise ValueError(f"{key}.match={group.match}: no regular expression: {error}") from None
+        if not group.lr_factor > 0:
+            raise ValueError(
+                f"{key}.lr_factor={group.lr_factor}: must be above 0; frozen=true keeps weights "
+                "as they are"
+            )
+        if group.weight_decay is not None and group.weight_decay < 0:
+            raise ValueError(f"{key}.weight_decay={group.weight_decay}: must not be negative")
 
 
 def _check_choice(key: str, value: str, choices: list[str]) -> None:

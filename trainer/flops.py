@@ -1,7 +1,7 @@
 """Floating-point operations that the model must do, and the peak they are held against.
 
 Conventions, for one forward pass (a multiply and an add are two operations; backward counts twice
-the forward; nothing that is computed again, dropped or padding counts):
+the forward unless parts are frozen; nothing that is computed again, dropped or padding counts):
 
 - a matrix of n parameters costs 2 n per token; embedding look-ups, norms and activations nothing;
 - softmax attention of a document of L tokens: 4 * heads * head_dim * L^2 / 2 (causal: half);
@@ -11,6 +11,10 @@ the forward; nothing that is computed again, dropped or padding counts):
 - the vision tower by tiles: its matrices per token of a tile, the class token among them, and 4 *
   hidden_size * tokens^2 a block for attention in full; patch embeddings per patch;
 - the projector per image token, with those that end rows of patches, which are few.
+- of the backward pass, the gradient of a matrix only where it trains, and that of its input only
+  where something trains that this input comes from; each is one forward's worth. An attention
+  core's two forwards' worth count where something trains that its queries, keys or values come
+  from.
 
 PaLM's convention (arXiv:2204.02311, appendix B) is 6 N + 12 * layers * heads * head_dim * seq_len
 per token, attention counted in full; here N is the parameters that one token uses, with the head
@@ -18,6 +22,8 @@ and without the embedding, and `layers` counts the softmax layers. It counts no 
 """
 
 import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import prod
 
 import torch
 
@@ -92,6 +98,86 @@ def tile_flops(vision: VisionConfig) -> int:
     return embedding + vision.num_layers * (matrices + 4 * size * tokens**2)
 
 
+def count_passes_by_part(
+    shapes: Iterable[tuple[str, Sequence[int]]], frozen: Collection[str]
+) -> dict[str, float]:
+    """Forward passes' worth of each part of the model in training, a mean over its layers.
+
+    `shapes` are those of all parameters by name, in the model's order, which is that of the forward
+    pass up to parameters that read the same input. All is 3 if nothing is frozen.
+    """
+    counts: dict[str, list[tuple[int, float]]] = {}  # numbers of a matrix, and its passes
+    layers: dict[str, list[tuple[str, int, bool]]] = {}
+    # What sees comes first, for its features go through all layers; its own order is enough.
+    for name, shape in sorted(shapes, key=lambda shape: not shape[0].startswith(_SEEING)):
+        layer = name.split(".")[1] if name.startswith("layers.") else name
+        layers.setdefault(layer, []).append((name, prod(shape), name not in frozen))
+    below = False  # whether anything trains that the layer's input comes from
+    for parameters in layers.values():
+        softmax = any(".q_proj." in name for name, _, _ in parameters)
+        kind = "softmax" if softmax else "lightning"
+        for name, numel, trains in parameters:
+            part = _part(name, kind)
+            if part:
+                reached = below or any(
+                    t and _place(n) < _place(name) and ".gate." not in n for n, _, t in parameters
+                )
+                passes = 1 + reached + trains
+                counts.setdefault(part, []).append((numel, passes))
+            if name.endswith(_CORE_INPUTS) and not name.startswith(_SEEING):
+                core = below or any(t for n, _, t in parameters if n.endswith(_BEFORE_CORE))
+                counts.setdefault(f"{kind}_core", []).append((1, 3 if core else 1))
+        below = below or any(trains for _, _, trains in parameters)
+    return {
+        part: sum(numel * passes for numel, passes in found) / sum(numel for numel, _ in found)
+        for part, found in counts.items()
+    }
+
+
+_SEEING = ("vision_tower.", "multi_modal_projector.", "image_newline")
+_CORE_INPUTS = ("qkv_proj.weight", "q_proj.weight")
+_BEFORE_CORE = (
+    "input_layernorm.weight",
+    "qkv_proj.weight",
+    "q_proj.weight",
+    "k_proj.weight",
+    "v_proj.weight",
+)
+
+
+def _part(name: str, kind: str) -> str:
+    """The part of `forward_flops` that a matrix belongs to; '' for norms and the embedding."""
+    if name.startswith(_SEEING):
+        matrix = name.endswith(
+            ("_proj.weight", "fc1.weight", "fc2.weight", "patch_embedding.weight")
+        )
+        if name.startswith("vision_tower."):
+            return "vision_tower" if matrix else ""
+        return "projector" if name.endswith(".weight") else ""
+    if ".experts." in name:
+        return "experts"
+    if ".gate." in name:
+        return "router"
+    if name.endswith(("_proj.weight", "output_gate.weight")):
+        return f"{kind}_projections"
+    return "head" if name.startswith("lm_head.") else ""
+
+
+def _place(name: str) -> int:
+    """Where in a layer a parameter is used: those of one place do not come from each other."""
+    if "input_layernorm" in name:
+        return 0
+    if name.endswith(("out_proj.weight", "o_proj.weight")):
+        return 3
+    if ".self_attn.norm." in name:
+        return 2
+    if ".self_attn." in name:
+        return 1
+    if "post_attention_layernorm" in name:
+        return 4
+    return 6 if name.endswith("experts.w2") else 5
+
+
 def training_flops(
     config: ModelConfig,
     *,
@@ -100,8 +186,12 @@ def training_flops(
     num_assignments: int,
     num_tiles: float = 0,
     num_image_tokens: float = 0,
+    passes: Mapping[str, float] | None = None,
 ) -> float:
-    """Operations of forward and backward together: three times the forward."""
+    """Operations of forward and backward together: three times the forward.
+
+    Or `passes` times, by part, where some are frozen.
+    """
     parts = forward_flops(
         config,
         num_tokens=num_tokens,
@@ -110,11 +200,21 @@ def training_flops(
         num_tiles=num_tiles,
         num_image_tokens=num_image_tokens,
     )
-    return 3 * sum(parts.values())
+    return _sum_of_passes(parts, passes)
 
 
-def palm_training_flops(config: ModelConfig, *, num_tokens: int, seq_len: int) -> float:
-    """Operations by PaLM's convention."""
+def _sum_of_passes(parts: Mapping[str, float], passes: Mapping[str, float] | None) -> float:
+    return sum((passes or {}).get(part, 3) * flops for part, flops in parts.items())
+
+
+def palm_training_flops(
+    config: ModelConfig,
+    *,
+    num_tokens: int,
+    seq_len: int,
+    passes: Mapping[str, float] | None = None,
+) -> float:
+    """Operations by PaLM's convention; of frozen parts as in `training_flops`."""
     matrices = forward_flops(
         config,
         num_tokens=1,
@@ -123,8 +223,8 @@ def palm_training_flops(config: ModelConfig, *, num_tokens: int, seq_len: int) -
     )
     del matrices["lightning_core"]
     inner = config.num_attention_heads * config.head_dim
-    attention = 12 * config.num_softmax_layers * inner * seq_len
-    return num_tokens * (3 * sum(matrices.values()) + attention)
+    attention = 4 * config.num_softmax_layers * inner * seq_len
+    return num_tokens * _sum_of_passes(matrices | {"softmax_core": attention}, passes)
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -139,9 +239,17 @@ class Throughput:
     """Speed since the last reading. Evaluation and saving are left out by `restart`."""
 
     def __init__(
-        self, config: ModelConfig, *, seq_len: int, world_size: int, peak: float | None
+        self,
+        config: ModelConfig,
+        *,
+        seq_len: int,
+        world_size: int,
+        peak: float | None,
+        passes: Mapping[str, float] | None = None,
     ) -> None:
-        """`peak` is one device's FLOP/s, or None to leave the utilisation out."""
+        """`peak` is one device's FLOP/s, or None to leave the utilisation out; `passes` as in
+        `training_flops`."""
+        self._passes = passes
         self._config = config
         self._seq_len = seq_len
         self._world_size = world_size
@@ -180,8 +288,11 @@ class Throughput:
             num_assignments=round(asked * (1 - drop_rate)),
             num_tiles=self._tiles,
             num_image_tokens=self._image_tokens,
+            passes=self._passes,
         )
-        palm = palm_training_flops(self._config, num_tokens=self._tokens, seq_len=self._seq_len)
+        palm = palm_training_flops(
+            self._config, num_tokens=self._tokens, seq_len=self._seq_len, passes=self._passes
+        )
         per_device = elapsed * self._world_size
         row = {
             "step_time_s": elapsed / self._steps,

@@ -24,12 +24,13 @@ from fulmen.parallel.progress import phase
 from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.evaluate import evaluate
-from fulmen.trainer.flops import Throughput, device_peak
+from fulmen.trainer.flops import Throughput, count_passes_by_part, device_peak
+from fulmen.trainer.groups import resolve_groups
 from fulmen.trainer.inputs import check_images, model_inputs
 from fulmen.trainer.long_context.in_loop import LongContext
 from fulmen.trainer.manifest import CheckpointError
 from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
-from fulmen.trainer.optim import Optimizer
+from fulmen.trainer.optim import MOMENTS, Optimizer
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
 from fulmen.trainer.stages import list_shares, run_tokens, shares_at
@@ -61,6 +62,8 @@ class Trainer:
         torch.manual_seed(config.seed)  # torch itself begins with another seed in every process
         with torch.device("meta"):
             self.model = build_model(config.model, config.moe)
+        names = [name for name, _ in self.model.named_parameters()]
+        settings = resolve_groups(config.optim, names)
         self.engine = parallelize(
             self.model,
             mesh,
@@ -71,11 +74,12 @@ class Trainer:
             seed=config.seed,
             chunk_tokens=config.trainer.chunk_tokens,
             offload_checkpoints=config.trainer.offload_checkpoints,
+            frozen=[name for name, one in settings.items() if one.frozen],
         )
         for line in audit(self.model, self.engine, config.parallel).splitlines():
             if mesh.rank == 0:
                 log.info(line)
-        self.optimizer = Optimizer(self.engine, config.optim)
+        self.optimizer = Optimizer(self.engine, config.optim, settings)
         self.loader = self._open_loader(self._resume())
         self.held_out = self._open_held_out()
         self.long_context = LongContext.open(config, self.model, mesh)
@@ -84,6 +88,10 @@ class Trainer:
             seq_len=config.data.seq_len,
             world_size=mesh.world_size,
             peak=device_peak(mesh.device, dtype),
+            passes=count_passes_by_part(
+                [(name, p.shape) for name, p in self.engine.parameters.items()],
+                self.engine.parameters.keys() - self.engine.trainable.keys(),
+            ),
         )
 
     def fit(self) -> None:
@@ -227,12 +235,19 @@ class Trainer:
         if not state:
             log.info("starting at step 0 from the weights of %s", path)
             return None
-        lost = [name for name in absent if not name.startswith("rng.")]
+        steps = state["optimizer_steps"]
+        if isinstance(steps, int):  # of a version without frozen parts
+            steps = dict.fromkeys(self.engine.trainable, steps)
+        new = [name for name in self.engine.trainable if name not in steps]
+        known = {f"{moment}.{name}" for name in new for moment in MOMENTS}
+        lost = [name for name in absent if not name.startswith("rng.") and name not in known]
         if lost:
             raise CheckpointError(f"{path} lacks {len(lost)} tensors, the first is {lost[0]}")
         torch.set_rng_state(tensors[f"rng.{self.mesh.rank}"])
         self.step, self.tokens = state["step"], state["tokens"]
-        self.optimizer.set_steps(state["optimizer_steps"])
+        self.optimizer.set_steps(steps)
+        if new:
+            log.info("%d parameters were frozen there: their moments begin at 0", len(new))
         log.info("resumed at step %d, %d tokens, from %s", self.step, self.tokens, path)
         return state["loader"]
 

@@ -41,8 +41,7 @@ with its second pass:
 
 With offload the inputs, and deepnorm's outputs, lie in host memory, but for two at a time. In
 chunks of c tokens the list's rows of an expert or a projection are those of c tokens.
-
-A vision tower and its projector: trainer/tower_memory.py.
+The list of a vision tower and its projector is in trainer/tower_memory.py.
 
 The peak is looked for at several moments of a step: in the head and at the reduction of its
 gradient; in each block's backward pass in its experts, at the reduction of their gradients, and in
@@ -62,6 +61,8 @@ from fulmen.models.text import count_active_parameters, count_parameters
 from fulmen.models.vl import build_model
 from fulmen.parallel.zero import expert_shard_dim
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.groups import Settings, resolve_groups
+from fulmen.trainer.head_memory import head_scratch
 from fulmen.trainer.tower_memory import tower_activations, tower_work
 
 GIB = 2**30
@@ -71,9 +72,6 @@ CONTEXT_BYTES = int(1.5 * GIB)
 """CUDA context, libraries and NCCL's buffers: our choice, not measured for each machine."""
 FRAGMENTATION = 0.04
 """Of the allocator's peak, for what it holds and cannot use: our choice."""
-HEAD_CHUNK_BYTES, HEAD_SLABS, HEAD_TILE, HEAD_ROWS = 544 * 2**20, 8, 8192, 128
-HEAD_SUMMED_CHUNKS = 32
-"""As in kernels/cross_entropy/triton_cross_entropy.py, which needs Triton to be imported."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,10 @@ class Unit:
     """Numbers when gathered on a rank."""
     shard: int
     """Numbers that the rank with most of them keeps."""
+    trained_whole: int
+    """Of `whole`, those that are not frozen."""
+    trained_shard: int
+    """Of `shard`, likewise."""
     copy_bytes: int
     """Of a gathered number."""
 
@@ -121,6 +123,18 @@ def count_model(config: ModelConfig) -> ModelCount:
     return _count(astuple(config))
 
 
+def list_settings(config: RunConfig) -> dict[str, Settings]:
+    """How each parameter trains, by name; `ValueError` for groups that do not fit the model."""
+    return resolve_groups(config.optim, [name for name, _ in count_model(config.model).shapes])
+
+
+def frozen_of(config: RunConfig) -> frozenset[str]:
+    """Names of the parameters that do not train."""
+    if not config.optim.groups:  # as the planner's search asks often
+        return frozenset()
+    return frozenset(name for name, one in list_settings(config).items() if one.frozen)
+
+
 def compute_bytes(config: RunConfig) -> int:
     """Of a number in the forward and backward pass."""
     return 2 if config.trainer.dtype == "bfloat16" else FP32
@@ -137,6 +151,7 @@ def list_units(config: RunConfig, world_size: int) -> list[Unit]:
         parallel.ep * parallel.etp,
         compute_bytes(config),
         world_size,
+        frozen_of(config),
     )
 
 
@@ -148,6 +163,7 @@ def _list_units(
     split: int,
     copy_bytes: int,
     world_size: int,
+    frozen: frozenset[str],
 ) -> list[Unit]:
     sizes: dict[tuple[int, str], list[int]] = {}
     for name, shape in model.shapes:
@@ -161,11 +177,14 @@ def _list_units(
             shard = whole // ranks  # a dim that divides
         else:
             shard = ceil(shape[0] / ranks) * prod(shape[1:])
-        size = sizes.setdefault((layer, unit), [0, 0])
+        size = sizes.setdefault((layer, unit), [0, 0, 0, 0])
         size[0] += whole
         size[1] += shard
+        if name not in frozen:
+            size[2] += whole
+            size[3] += shard
     units = []
-    for (layer, unit), (whole, shard) in sizes.items():
+    for (layer, unit), (whole, shard, trained_whole, trained_shard) in sizes.items():
         experts = unit == "experts"
         units.append(
             Unit(
@@ -175,6 +194,8 @@ def _list_units(
                 world_size // split if experts else world_size,
                 whole,
                 shard,
+                trained_whole,
+                trained_shard,
                 FP32 if unit == "gate" else copy_bytes,
             )
         )
@@ -344,21 +365,6 @@ def host_bytes(config: RunConfig) -> int:
     return sum(kept_of_layer(config, layer).movable for layer in range(config.model.num_layers))
 
 
-def head_scratch(tokens: int, hidden: int, vocab: int, e: int) -> int:
-    """Bytes of logits beside the gradients, and of the sum of many visits' gradients."""
-    rows = max(HEAD_CHUNK_BYTES // (vocab * e) // HEAD_ROWS * HEAD_ROWS, HEAD_ROWS)
-    slab = ceil(ceil(vocab / HEAD_SLABS) / HEAD_TILE) * HEAD_TILE
-    inside = min(tokens, hidden) if slab < vocab else 0
-    if inside <= rows:
-        inside = 0
-    visits = (inside > 0) + ceil((tokens - inside) / rows)
-    total = FP32 * vocab * hidden if visits > HEAD_SUMMED_CHUNKS else 0
-    if not inside:
-        return min(tokens, rows) * vocab * e + total
-    first = inside * slab * e + FP32 * inside * hidden
-    return max(first, min(tokens - inside, rows) * vocab * e) + total
-
-
 Parts = dict[str, int]
 
 
@@ -379,7 +385,8 @@ class Held:
     def __init__(self, units: list[Unit], micro_batches: int) -> None:
         self._micro_batches = micro_batches
         shards = sum(unit.shard for unit in units)
-        self._fixed = {"weights": FP32 * shards, "moments": 2 * FP32 * shards}
+        trained = sum(unit.trained_shard for unit in units)
+        self._fixed = {"weights": FP32 * shards, "moments": 2 * FP32 * trained}
         self._copies = sum(unit.copy_bytes * unit.whole for unit in units if unit.stage < 3)
         self._gradients = sum(self._before(unit) for unit in units)
 
@@ -387,7 +394,7 @@ class Held:
         """Their gradients become shards, their copies go."""
         for unit in units:
             self._copies -= unit.copy_bytes * unit.whole if unit.stage < 3 else 0
-            self._gradients += FP32 * unit.shard - self._before(unit)
+            self._gradients += FP32 * unit.trained_shard - self._before(unit)
 
     def parts(
         self, *near: Unit, activations: int, working: int = 0, head: int = 0, buffers: int = 0
@@ -407,7 +414,7 @@ class Held:
         """Bytes of a unit's gradients before those of the last micro-batch."""
         if self._micro_batches == 1:
             return 0
-        return FP32 * (unit.shard if unit.stage >= 2 else unit.whole)
+        return FP32 * (unit.trained_shard if unit.stage >= 2 else unit.trained_whole)
 
 
 def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[Parts]:
@@ -419,37 +426,38 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         by_layer.setdefault(unit.layer, {})[unit.name] = unit
     ends = by_layer.pop(-1)
     head = ends["lm_head"]
-    layers = [layer_activations(config, number) for number in sorted(by_layer)]
+    lowest = _lowest_trained(units, len(by_layer))
+    layers = [layer_activations(config, n) if n >= lowest else 0 for n in sorted(by_layer)]
     on_its_way = s.e * s.T * s.h if config.trainer.offload_checkpoints else 0
-    rest = model_activations(config)
     seeing = [unit for unit in ends.values() if _sees(unit)]
-    policy = config.trainer.activation_checkpointing
-    kept_by_tower = tower_activations(config.model, s.T, s.e, policy)
-    rest += kept_by_tower
+    tower = _kept_by_tower(config, s, seeing)
+    rest = model_activations(config) + tower
     to_the_end = rest - s.T * (s.e * s.h + FP32)  # the last norm's part goes first
 
     zero = Held(units, micro_batches)
     parts, reduce = zero.parts, zero.reduce
     scratch = head_scratch(s.T, s.h, config.model.vocab_size, s.e)
-    in_head = 2 * s.e * s.T * s.h + s.e * head.whole + scratch
+    in_head = 2 * s.e * s.T * s.h + s.e * head.trained_whole + scratch
     yield parts(head, activations=rest + sum(layers) + on_its_way, head=in_head)
 
     reduce(head)
-    last_reduced = FP32 * head.whole
+    last_reduced = FP32 * head.trained_whole
     yield parts(
         head,
         activations=rest + sum(layers) + on_its_way,
-        working=s.e * (2 * s.T * s.h + head.whole),
+        working=s.e * (2 * s.T * s.h + head.trained_whole),
         buffers=last_reduced,
     )
-    for number in reversed(range(len(layers))):
+    for number in reversed(range(lowest, len(layers))):
         layer = by_layer[number]
         dense, experts = layer["dense"], layer["experts"]
         near = list(layer.values())
         # The gather of the next units in line, before it is copied to its place.
         ahead = max([u.copy_bytes * u.whole for u in near if u.stage == 3], default=0)
         before = to_the_end + sum(layers[:number])
-        block = _block_moments(config, number, s.e * experts.whole, s.e * dense.whole)
+        block = _block_moments(
+            config, number, s.e * experts.trained_whole, s.e * dense.trained_whole
+        )
         yield parts(
             *near,
             activations=before + block.in_experts,
@@ -461,36 +469,47 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         yield parts(
             *near,
             activations=before + block.behind_experts,
-            working=s.e * (3 * s.T * s.h + experts.whole),
-            buffers=FP32 * experts.whole + ahead,
+            working=s.e * (3 * s.T * s.h + experts.trained_whole),
+            buffers=FP32 * experts.trained_whole + ahead,
         )
         yield parts(
             *near,
             activations=before + block.in_attention,
             working=block.attention_work,
-            buffers=FP32 * experts.whole + ahead,
+            buffers=FP32 * experts.trained_whole + ahead,
         )
         reduce(dense, layer["gate"])
-        last_reduced = FP32 * dense.whole
-    if seeing:
-        largest = max(unit.whole for unit in seeing)
-        yield parts(
-            *seeing,
-            activations=to_the_end,
-            working=tower_work(config.model, s.T, s.e) + s.e * largest,
-            buffers=max(last_reduced, FP32 * largest),
-        )
-        reduce(*seeing)
-    to_the_end -= kept_by_tower
+        last_reduced = FP32 * dense.trained_whole
+    for number in range(lowest):
+        reduce(*by_layer[number].values())
+    if tower:
+        whole = max(last_reduced // FP32, *(unit.trained_whole for unit in seeing))
+        working = tower_work(config.model, s.T, s.e) + s.e * whole
+        yield parts(*seeing, activations=to_the_end, working=working, buffers=FP32 * whole)
+    reduce(*seeing)
+    to_the_end -= tower
     embedding = ends["embed_tokens"]
     reduce(embedding, ends["norm"])
     yield parts(
         embedding,
         activations=to_the_end,
-        working=s.e * (s.T * s.h + embedding.whole),
-        buffers=FP32 * embedding.whole,
+        working=s.e * (s.T * s.h + embedding.trained_whole),
+        buffers=FP32 * embedding.trained_whole,
     )
     yield parts(activations=0)
+
+
+def _kept_by_tower(config: RunConfig, s: Sizes, units: list[Unit]) -> int:
+    if not any(unit.trained_whole for unit in units):
+        return 0
+    return tower_activations(config.model, s.T, s.e, config.trainer.activation_checkpointing)
+
+
+def _lowest_trained(units: list[Unit], num_layers: int) -> int:
+    """The first layer that has a backward pass, and so keeps anything for it."""
+    trained = {unit.layer for unit in units if unit.trained_whole and unit.layer >= 0}
+    embedding = any(u.trained_whole for u in units if u.name == "embed_tokens" or _sees(u))
+    return 0 if embedding else min(trained, default=num_layers)
 
 
 @dataclass(frozen=True)

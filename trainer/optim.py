@@ -1,6 +1,6 @@
 """AdamW over each rank's own part of the parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,70 +8,89 @@ from torch.distributed.tensor import DTensor
 
 from fulmen.parallel.zero import ZeroEngine, local_part
 from fulmen.trainer.config import OptimConfig
+from fulmen.trainer.groups import Settings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """An element-wise optimiser on the local shards.
+    """An element-wise optimiser on the local shards of what trains.
 
     It sees plain tensors that share memory with the sharded parameters, so that any fused
     implementation can be used, and its state is described to checkpoints as sharded like them.
+
+    Each parameter counts its own updates, because one that was frozen begins later: Adam's bias
+    correction makes up for the moments' start at zero, whenever that was.
     """
 
-    def __init__(self, engine: ZeroEngine, config: OptimConfig) -> None:
-        self._sharded = engine.parameters
+    def __init__(
+        self,
+        engine: ZeroEngine,
+        config: OptimConfig,
+        settings: Mapping[str, Settings] | None = None,
+    ) -> None:
+        """`settings` say how each parameter trains; None = all by the values of `config`."""
+        self._sharded = engine.trainable
         self._local = {name: nn.Parameter(local_part(p)) for name, p in self._sharded.items()}
-        decayed = [p for name, p in self._local.items() if self._sharded[name].dim() > 1]
-        rest = [p for name, p in self._local.items() if self._sharded[name].dim() == 1]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        self._optimizer = build_optimizer(groups, config)
-        self._steps = 0
-        for parameter in self._local.values():
-            self._optimizer.state[parameter] = {m: torch.zeros_like(parameter) for m in MOMENTS}
-        self.set_steps(0)
+        self._config = config
+        self._settings = settings or {}
+        self._optimizer: torch.optim.Optimizer
+        self._steps: dict[str, int]
+        self._moments = {
+            name: {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            for name, parameter in self._local.items()
+        }
+        self.set_steps({})
 
     def step(self, learning_rate: float) -> None:
         """Update the parameters from their gradients, and drop the gradients."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_factor"]
         for name, parameter in self._local.items():
             gradient = self._sharded[name].grad
             assert isinstance(gradient, DTensor)
             parameter.grad = gradient.to_local()
         self._optimizer.step()
-        self._steps += 1
+        self._steps = {name: steps + 1 for name, steps in self._steps.items()}
         for name, parameter in self._local.items():
             parameter.grad = self._sharded[name].grad = None
 
     @property
-    def steps(self) -> int:
-        """Updates made so far."""
+    def steps(self) -> dict[str, int]:
+        """Updates made so far of each parameter that trains."""
         return self._steps
 
-    def set_steps(self, steps: int) -> None:
-        """Set the number of updates made, which Adam's bias correction uses."""
-        self._steps = steps
-        for group in self._optimizer.param_groups:
-            if "step" in group or not isinstance(self._optimizer, torch.optim.AdamW):
-                group["step"] = steps  # apex counts per group, torch per parameter
-        if isinstance(self._optimizer, torch.optim.AdamW):
-            for parameter in self._local.values():
-                step = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
-                self._optimizer.state[parameter]["step"] = step
+    def set_steps(self, steps: Mapping[str, int]) -> None:
+        """Set the updates made of each parameter, 0 of those that are not named."""
+        self._steps = {name: steps.get(name, 0) for name in self._local}
+        groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
+        for name, parameter in self._local.items():
+            own = self._settings.get(name, Settings())
+            decay = self._config.weight_decay if own.weight_decay is None else own.weight_decay
+            if self._sharded[name].dim() == 1:
+                decay = 0.0
+            groups.setdefault((own.lr_factor, decay, self._steps[name]), []).append(parameter)
+        self._optimizer = build_optimizer(
+            # apex counts updates by group, torch by parameter.
+            [
+                {"params": params, "lr_factor": factor, "weight_decay": decay, "step": done}
+                for (factor, decay, done), params in groups.items()
+            ],
+            self._config,
+        )
+        for name, parameter in self._local.items():
+            done = torch.tensor(float(self._steps[name]), device=parameter.device)
+            self._optimizer.state[parameter] = self._moments[name] | {"step": done}
 
     def named_moments(self) -> Iterator[tuple[str, Tensor]]:
         """`exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, sharded like the parameter."""
-        for name, local in self._local.items():
+        for name in self._local:
             like = self._sharded[name]
             for moment in MOMENTS:
                 yield (
                     f"{moment}.{name}",
                     DTensor.from_local(
-                        self._optimizer.state[local][moment],
+                        self._moments[name][moment],
                         like.device_mesh,
                         like.placements,
                         run_check=False,

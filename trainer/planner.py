@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulmen.trainer.config import RunConfig
-from fulmen.trainer.flops import forward_flops, training_flops
+from fulmen.trainer.flops import count_passes_by_part, forward_flops, training_flops
 from fulmen.trainer.memory import (
     FP32,
     GIB,
@@ -24,6 +24,7 @@ from fulmen.trainer.memory import (
     compute_bytes,
     count_model,
     find_peak,
+    frozen_of,
     host_bytes,
     list_units,
     sizes_of,
@@ -132,7 +133,13 @@ def step_flops(config: RunConfig, batch: int) -> float:
         sum_squared_lengths=batch * config.data.seq_len,
         num_assignments=batch * model.num_experts_per_token * model.num_layers,
         **images_in(model, batch),
+        passes=passes_by_part(config),
     )
+
+
+def passes_by_part(config: RunConfig) -> dict[str, float]:
+    """Forward passes' worth of each part that frozen parameters leave: of all 3."""
+    return count_passes_by_part(count_model(config.model).shapes, frozen_of(config))
 
 
 def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, batch: int) -> Step:
@@ -141,7 +148,7 @@ def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, ba
     units = list_units(config, gpus)
     work = {kind: count * s for kind, s in _micro_batch_work(config, gpu, assume).items()}
     bandwidth = gpu.memory_gb_per_s * 1e9 * assume.memory_share
-    work["optimiser"] = sum(40 * unit.shard for unit in units) / bandwidth
+    work["optimiser"] = sum(40 * unit.trained_shard for unit in units) / bandwidth
     work["casts"] = sum(_cast_bytes(unit, count) for unit in units) / bandwidth
     exchanges = list(_exchanges(config, gpus, units, count))
     exchange_gb: dict[str, float] = {}
@@ -180,23 +187,35 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         **images_in(model, s.T),
     )
     peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
-    passes = count_passes(config)
+    passes, trained = count_passes(config), passes_by_part(config)
+    # Of passes that frozen parts do without; ops bound by memory are counted whole.
+    less = {part: 3 - trained.get(part, 3) for part in flops}
     lightning = model.num_layers - model.num_softmax_layers
     core_bytes = lightning * s.e * s.T * s.i * passes.lightning_tensors
     bandwidth = gpu.memory_gb_per_s * 1e9
-    projections = flops["softmax_projections"] + flops["lightning_projections"]
+    projections = sum(
+        (passes.projections - less[part]) * flops[part]
+        for part in ("softmax_projections", "lightning_projections")
+    )
     matmul_rate = peak * assume.matmul_share
     seeing = {}
     if model.vision is not None:
         again = config.trainer.activation_checkpointing == "full"
-        tower = (3 + again) * flops["vision_tower"] + 3 * flops["projector"]
+        tower = (3 + again - less["vision_tower"]) * flops["vision_tower"]
+        tower += (3 - less["projector"]) * flops["projector"]
         seeing = {"vision tower": tower / matmul_rate}
     return seeing | {
-        "projections": passes.projections * projections / matmul_rate,
-        "head": 3 * flops["head"] / matmul_rate,
-        "experts": passes.experts * flops["experts"] / (peak * assume.grouped_share),
-        "router": passes.experts * flops["router"] / (gpu.fp32_tflops * 1e12 * assume.fp32_share),
-        "softmax core": passes.softmax_core * flops["softmax_core"] / (peak * assume.softmax_share),
+        "projections": projections / matmul_rate,
+        "head": (3 - less["head"]) * flops["head"] / matmul_rate,
+        "experts": (passes.experts - less["experts"])
+        * flops["experts"]
+        / (peak * assume.grouped_share),
+        "router": (passes.experts - less["router"])
+        * flops["router"]
+        / (gpu.fp32_tflops * 1e12 * assume.fp32_share),
+        "softmax core": (passes.softmax_core - less["softmax_core"] * (passes.softmax_core - 1) / 2)
+        * flops["softmax_core"]
+        / (peak * assume.softmax_share),
         "lightning core": core_bytes / (bandwidth * assume.lightning_share),
         "memory-bound ops": _moved_bytes(config, s, passes) / (bandwidth * assume.memory_share),
     }
@@ -226,10 +245,11 @@ def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes) -> int:
 def _cast_bytes(unit: Unit, count: int) -> int:
     """Of gathering a unit's weights into copies and its gradients into fp32 buffers, in a step."""
     gathers, reductions = _times(unit, count)
-    accumulated = 0 if unit.stage >= 2 else (count - 1) * (unit.copy_bytes + 2 * FP32) * unit.whole
+    accumulated = 0 if unit.stage >= 2 else (count - 1) * unit.trained_whole
+    accumulated *= unit.copy_bytes + 2 * FP32
     return (
         gathers * (FP32 * unit.shard + 3 * unit.copy_bytes * unit.whole)
-        + reductions * (unit.copy_bytes + 2 * FP32) * unit.whole
+        + reductions * (unit.copy_bytes + 2 * FP32) * unit.trained_whole
         + accumulated
     )
 
@@ -250,9 +270,11 @@ def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> I
         gathers, reductions = _times(unit, count)
         others = (unit.ranks - 1) / unit.ranks
         if unit.stage == 0:
-            size = 2 * FP32 * unit.whole * others  # an all-reduce: scatter and gather
+            # An all-reduce: scatter and gather.
+            size = 2 * FP32 * unit.trained_whole * others
         else:
-            size = (gathers * unit.copy_bytes + reductions * FP32) * unit.whole * others
+            size = gathers * unit.copy_bytes * unit.whole * others
+            size += reductions * FP32 * unit.trained_whole * others
         yield "ZeRO", size, unit.ranks, split if unit.name == "experts" else 1
     passes = count_passes(config)
     lightning = model.num_layers - model.num_softmax_layers
@@ -485,4 +507,5 @@ def _flops_by_kind(config: RunConfig) -> dict[str, float]:
         num_assignments=model.num_experts_per_token * model.num_layers,
         **images_in(model, 1),
     )
-    return {kind: 3 * flops for kind, flops in parts.items()}
+    passes = passes_by_part(config)
+    return {kind: passes.get(kind, 3) * flops for kind, flops in parts.items()}

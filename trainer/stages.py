@@ -30,6 +30,7 @@ from fulmen.trainer.config import (
     check_config,
     nearest_keys,
 )
+from fulmen.trainer.memory import list_settings
 from fulmen.trainer.schedule import batch_sizes, batch_tokens, learning_rate, total_tokens
 
 _OF_THE_RUN = ("max_steps", "max_tokens", "micro_batch_tokens", "allow_misfit")
@@ -79,6 +80,7 @@ def stage_config(config: RunConfig, index: int) -> RunConfig:
     new = copy.deepcopy(config)
     new.parallel = _merged(new.parallel, stage.parallel, f"stages.{name}.parallel")
     new.trainer = _merged(new.trainer, stage.trainer, f"stages.{name}.trainer")
+    new.optim = _merged(new.optim, stage.optim, f"stages.{name}.optim")
     if stage.seq_len is not None:
         new.data.seq_len = stage.seq_len
     if stage.rope_theta is not None:
@@ -202,9 +204,9 @@ def _merged(group: Any, changes: Mapping[str, Any], key: str) -> Any:
             raise ValueError(f"unknown key {key}.{name}{hint}")
         try:
             merged = OmegaConf.merge(OmegaConf.structured(group), {name: changes[name]})
+            group = OmegaConf.to_object(merged)
         except OmegaConfBaseException as error:
             raise ValueError(f"{key}.{name}: {str(error).splitlines()[0]}") from None
-        group = OmegaConf.to_object(merged)
     return group
 
 
@@ -216,6 +218,7 @@ def check_run(config: RunConfig, world_size: int, *, all_here: bool = False) -> 
     """
     if not config.stages:
         check_config(config, world_size)
+        list_settings(config)
         return
     for name in config.stages:
         _check_stage(config, name)
@@ -231,6 +234,7 @@ def fault_of(stage: Stage, world_size: int) -> str | None:
     """Why `world_size` processes cannot run a stage, or None if they can."""
     try:
         check_config(stage.config, world_size)
+        list_settings(stage.config)
     except ValueError as error:
         return f"stages.{stage.name}: {error}" if stage.name else str(error)
     return None

@@ -176,9 +176,12 @@ def _grouped_swiglu_backward(
     gate: Tensor,
     up: Tensor,
     implementation: str,
+    need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, w3 and w2."""
+    """Gradients of x, w1, w3 and w2; those of the matrices are empty unless needed."""
     dx, rest = rows_backward(dy, x, counts, w1, w3, w2, gate, up, implementation)
+    if not need_weights:
+        return dx, w1.new_empty(0), w3.new_empty(0), w2.new_empty(0)
     return dx, *weights_backward(*rest, implementation)
 
 
@@ -193,9 +196,10 @@ def _(
     gate: Tensor,
     up: Tensor,
     implementation: str,
+    need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dw1, dw3, dw2 = (tensor.new_empty(tensor.shape) for tensor in (x, w1, w3, w2))
-    return dx, dw1, dw3, dw2
+    dw1, dw3, dw2 = (w.new_empty(w.shape if need_weights else (0,)) for w in (w1, w3, w2))
+    return x.new_empty(x.shape), dw1, dw3, dw2
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -210,8 +214,13 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 6
-    dx, dw1, dw3, dw2 = _grouped_swiglu_backward(dy, *ctx.saved_tensors, ctx.implementation)
-    return dx, None, dw1, dw3, dw2, None
+    need_weights = any(ctx.needs_input_grad[2:5])
+    dx, *d_weights = _grouped_swiglu_backward(
+        dy, *ctx.saved_tensors, ctx.implementation, need_weights
+    )
+    if not need_weights:
+        return dx, None, None, None, None, None
+    return dx, None, *d_weights, None
 
 
 _grouped_swiglu.register_autograd(_backward, setup_context=_setup_context)

@@ -19,11 +19,13 @@ from fulmen.data.config import SourceConfig
 from fulmen.data.image_decoding import ImageDecoder, TileJob
 from fulmen.data.images import ImageLimits, image_tiles
 from fulmen.data.loader import PackedLoader, StepBatch, evaluation_batches
+from fulmen.data.micro_batches import check_vision
 from fulmen.data.mixture import Shares
 from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit, read_manifest
 from fulmen.data.tokenise import load_tokenizer
 from fulmen.data.workers import Workers
+from fulmen.models.image_layout import Tiling
 
 SEQ_LEN, MICRO, BATCH = 128, 256, 1024
 Sources = dict[str, SourceConfig]
@@ -340,6 +342,18 @@ def test_wrong_settings_are_named(sources: Sources, folder: Path, tmp_path: Path
     other = {"other": SourceConfig(str(tmp_path / "other"), 1.0)}
     with pytest.raises(ValueError, match=r"other.*pictures.*different tile_size \(42 and 28\)"):
         open_loader({"pictures": sources["pictures"]} | other)
+
+
+def test_a_model_must_fit(folder: Path) -> None:
+    split = PreparedSplit(folder, "train", name="x", vocab_size=300)
+    check_vision([split], Tiling(28, 14), 1)
+    for tiling, image_id, message in (
+        (Tiling(56, 14), 1, "tile_size=56.*x was prepared with 28"),
+        (Tiling(28, 7), 1, "patch_size=7.*with 14"),
+        (Tiling(28, 14), 5, "image_token_id=5.*with 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_vision([split], tiling, image_id)
 
 
 @pytest.mark.slow

@@ -515,7 +515,8 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     check(_grouped_swiglu, (*inputs, "triton"))
     with torch.no_grad():
         _, gate, up = _grouped_swiglu(*inputs, "triton")
-        check(_grouped_swiglu_backward, (leaves[0], *inputs, gate, up, "triton"))
+        for need_weights in (True, False):
+            check(_grouped_swiglu_backward, (leaves[0], *inputs, gate, up, "triton", need_weights))
 
 
 def kernel_layer(x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
     for name, override, message in (
         ("prepare_images", "tile_sise=3", "did you mean tile_size"),
         ("prepare_images", "resolution=x", "error: resolution=x must be dynamic or fixed"),
+        ("prepare_images", "fields.picture=x", "error: fields.picture: the fields are text"),
         ("make_images", "kinds=[x]", "error: kinds=['x']: give some of"),
     ):
         (tmp_path / "in.jsonl").write_text("{}\n")

@@ -96,8 +96,8 @@ def test_moved_to_other_meshes_within_and_across_stages(undisturbed: Path, tmp_p
     for row, expected in zip(ours, theirs, strict=True):
         assert row.keys() == expected.keys()
         for key, value in expected.items():
-            # The norm is summed in fp32, and a token near a tie may go to another expert.
-            rough = {"grad_norm": 1e-4, "aux_loss": 1e-3, "expert_imbalance": 1e-2}
+            # A token near a tie may go to another expert.
+            rough = {"aux_loss": 1e-3, "expert_imbalance": 1e-2}
             if isinstance(value, float):
                 assert row[key] == pytest.approx(value, rel=rough.get(key, 1e-5)), (key, row)
             else:

@@ -362,6 +362,28 @@ def hold(device: torch.device, cases: list[Case]) -> list[Holding]:
     return holdings
 
 
+def norm_of_millions(device: torch.device) -> tuple[float, float]:
+    """The norm of one process's gradient, and the same in fp64."""
+    mesh = build_mesh(ParallelConfig(), device)
+    with torch.device("meta"):
+        model = torch.nn.Linear(1024, 4096, bias=False)
+    engine = ZeroEngine(model, mesh, dtype=torch.float32)
+    engine.shard(model, 1)
+    engine.materialize()
+    generator = torch.Generator().manual_seed(SEED)
+    (parameter,) = engine.parameters.values()
+    assert isinstance(parameter, DTensor)
+    values = torch.randn(parameter.shape, generator=generator) * 1e-3
+    parameter.grad = DTensor.from_local(values, parameter.device_mesh, parameter.placements)
+    return engine.clip_grad_norm(None).item(), values.double().norm().item()
+
+
+def test_the_norm_of_millions_of_numbers_is_exact() -> None:
+    """As one fp32 sum it would be off by 1e-5, and depend on how many ranks share the numbers."""
+    ((norm, exact),) = run_world(norm_of_millions, 1)
+    assert norm == pytest.approx(exact, rel=2e-7)
+
+
 HELD = [
     *EVERYWHERE,
     *[Case(dense, expert, FEW_EXPERTS) for dense, expert in [(3, None), (0, 2)]],

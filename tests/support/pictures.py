@@ -48,8 +48,9 @@ def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
 def prepare(input: Any, output: Path, **options: Any) -> dict[str, Any]:
     """A folder of tiny tiles (28 pixels, 4 tokens), and its manifest."""
     settings: dict[str, Any] = {
-        "vocab_size": 300, "tile_size": 28, "max_side": 3, "max_tiles": 6, "num_workers": 1,
-        "validation_fraction": 0.0, "max_tokens": 256, "max_rejected_fraction": 1.0,
+        "vocab_size": 300, "tile_size": 28, "max_tiles_per_side": 3, "max_tiles": 6,
+        "num_workers": 1, "validation_fraction": 0.0, "max_tokens": 256,
+        "max_rejected_fraction": 1.0,
     }  # fmt: skip
     config = PrepareImagesConfig(input=input, output=str(output), **(settings | options))
     return prepare_images(config, console=Console(quiet=True))

@@ -226,7 +226,8 @@ def test_saving_is_a_copy(
     assert not any(torch.equal(now[name], expected[name]) for name in now)
     assert_same(expected, read_checkpoint(tmp_path / "checkpoints" / "step_1"))
     saved = json.loads((tmp_path / "checkpoints/step_1/trainer_state.json").read_text())
-    assert (saved["step"], saved["optimizer_steps"]) == (1, 1)
+    assert saved["step"] == 1
+    assert saved["optimizer_steps"] == dict.fromkeys(trainer.engine.parameters, 1)
     assert saved["loader"] == state
 
 
@@ -355,7 +356,7 @@ def test_weights_alone_are_a_start(
     config.checkpoint.resume = str(tmp_path / "imported")
     trainer = build(config, tmp_path / "new")
     trainer.close()
-    assert (trainer.step, trainer.tokens, trainer.optimizer.steps) == (0, 0, 0)
+    assert (trainer.step, trainer.tokens, set(trainer.optimizer.steps.values())) == (0, 0, {0})
     assert any("starting at step 0 from the weights of" in message for message in messages)
     expected = read_checkpoint(source)
     for name, tensor in whole(trainer._tensors()).items():
@@ -474,7 +475,7 @@ def _save_on(device: torch.device, data: str, run_dir: Path, stage: int) -> dict
 
 def _load_on(
     device: torch.device, data: str, run_dir: Path, stages: tuple[int, int | None]
-) -> tuple[dict[str, Tensor], dict[str, int], int, str]:
+) -> tuple[dict[str, Tensor], dict[str, int], dict[str, int], str]:
     config = tiny_config(data, max_steps=5)
     dense, expert = stages
     config.parallel = ParallelConfig(zero_stage=dense, expert_zero_stage=expert)
@@ -496,7 +497,7 @@ def test_a_checkpoint_loads_on_any_mesh(tiny_data: Path, tmp_path: Path) -> None
         for rank, loaded in enumerate(run_world(_load_on, size, str(tiny_data), tmp_path, stages)):
             tensors, held, steps, digest = loaded
             assert_same(first, tensors)
-            assert steps == 4
+            assert steps == dict.fromkeys(held, 4)
             digests.add(digest)
             full = first["model.lm_head.weight"].numel()
             assert (held["lm_head.weight"] == full) == (stages[0] == 0), f"rank {rank} of {size}"

@@ -27,17 +27,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.tiny import tiny_model
 
 from fulmen.models.config import ModelConfig, VisionConfig
 from fulmen.trainer import flops
 from fulmen.trainer.flops import (
     Throughput,
+    count_passes_by_part,
     device_peak,
     forward_flops,
     palm_training_flops,
     tile_flops,
     training_flops,
 )
+from fulmen.trainer.memory import count_model
 
 pytestmark = pytest.mark.fast
 
@@ -214,3 +217,58 @@ def test_without_a_peak_the_utilisation_is_left_out() -> None:
     assert row["mfu"] is None
     assert row["mfu_palm"] is None
     assert row["tflops_per_device"] is not None
+
+
+def passes(*frozen: str) -> dict[str, float]:
+    """By part, if the parameters of `tiny_model` (lightning, softmax, lightning) that begin so are
+    frozen."""
+    shapes = count_model(tiny_model()).shapes
+    return count_passes_by_part(shapes, {n for n, _ in shapes if n.startswith(frozen)})
+
+
+def test_three_passes_of_everything_that_trains() -> None:
+    parts = forward_flops(tiny_model(), num_tokens=1, sum_squared_lengths=1, num_assignments=1)
+    assert count_passes_by_part(count_model(tiny_model()).shapes, ()) == dict.fromkeys(parts, 3)
+
+
+def test_frozen_parts_have_no_weight_gradients_and_nothing_below_them_no_backward() -> None:
+    everything = forward_flops(tiny_model(), num_tokens=1, sum_squared_lengths=1, num_assignments=1)
+    # Below a head that trains there is no backward pass, and the head's input needs none.
+    assert passes("embed", "layers", "norm") == dict.fromkeys(everything, 1) | {"head": 2}
+    # With the last norm it does.
+    assert passes("embed", "layers")["head"] == 3
+    # As under a frozen language model: gradients of inputs alone, and attention's cores whole.
+    above = dict.fromkeys(everything, 2) | {"softmax_core": 3, "lightning_core": 3}
+    assert passes("layers", "norm", "lm_head") == above
+
+
+def test_passes_within_a_layer() -> None:
+    rest = ("embed", "layers.0", "layers.2", "norm", "lm_head")
+    one = "layers.1."
+    norms = (f"{one}input_layernorm", f"{one}post_attention_layernorm")
+    # Keys alone: 32 x 32 of 3072 numbers get no gradient of their input or themselves but
+    # 16 x 32 of themselves; what is behind attention only of their inputs.
+    keys = passes(
+        *rest, *norms, f"{one}self_attn.q", f"{one}self_attn.v", f"{one}self_attn.o", f"{one}block"
+    )
+    assert keys["softmax_projections"] == (1 * 1024 + 2 * 512 + 1 * 512 + 2 * 1024) / 3072
+    assert keys["softmax_core"] == 3
+    # The first layer has nothing to do, the last one gradients of inputs.
+    assert keys["experts"] == keys["router"] == pytest.approx((1 + 2 + 2) / 3)
+    assert keys["lightning_core"] == (1 + 3) / 2
+    # The router alone: the experts beside it have nothing to do.
+    router = passes(*rest, *norms, f"{one}self_attn", f"{one}block_sparse_moe.experts")
+    assert router["router"] == pytest.approx((1 + 2 + 2) / 3)
+    assert router["experts"] == pytest.approx((1 + 1 + 2) / 3)
+    # Gate and up projections: through the last of an expert's three matrices.
+    moe = f"{one}block_sparse_moe."
+    first = passes(*rest, *norms, f"{one}self_attn", f"{moe}gate", f"{moe}experts.w2")
+    assert first["experts"] == pytest.approx((1 + 2 + 2) / 3)
+    assert first["softmax_core"] == 1
+
+
+def test_frozen_parts_are_left_out_of_the_utilisation() -> None:
+    parts = {"num_tokens": 7, "sum_squared_lengths": 49, "num_assignments": 42}
+    forward = forward_flops(tiny_model(), **parts)
+    counted = training_flops(tiny_model(), **parts, passes=passes("embed", "layers", "norm"))
+    assert counted == sum(forward.values()) + forward["head"]

@@ -118,7 +118,7 @@ def test_updates_are_those_of_torch_adamw(one_rank: torch.device) -> None:
     for step in range(len(RATES)):
         update(model, engine, optimizer, step)
         assert all(parameter.grad is None for parameter in engine.parameters.values())
-    assert optimizer.steps == len(RATES)
+    assert set(optimizer.steps.values()) == {len(RATES)}
     assert_as_expected(engine, optimizer)
 
 
@@ -134,7 +134,7 @@ def test_moments_and_steps_carry_an_optimizer_over(one_rank: torch.device) -> No
     second.set_steps(first.steps)
     for step in range(2, len(RATES)):
         update(model, engine, second, step)
-    assert second.steps == len(RATES)
+    assert set(second.steps.values()) == {len(RATES)}
     assert_as_expected(engine, second)
 
 
@@ -161,7 +161,7 @@ def test_apex_is_used_when_asked_for(one_rank: torch.device, fake_apex: None) ->
     held = dict(optimizer.named_moments())
     for name, moment in resumed.named_moments():
         moment.to_local().copy_(held[name].to_local())
-    resumed.set_steps(2)
+    resumed.set_steps(optimizer.steps)
     for step in range(2, len(RATES)):
         update(model, engine, resumed, step)
     assert_as_expected(engine, resumed)

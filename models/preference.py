@@ -1,0 +1,108 @@
+"""Direct preference optimisation (DPO, arXiv:2305.18290): losses by document, and what they make.
+
+The loss of a pair depends on the log-probabilities of whole answers, each a sum over its tokens.
+Its gradient with respect to such a sum is one number a document, which is known only when all sums
+are. So the head runs twice: forward for the sums alone, and backward, document by document with
+that number, for gradients. The layers below run once. Logits are formed for some tokens at a time
+in both, and no kernel has to know of weights by token.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fulmen.kernels.cross_entropy import linear_cross_entropy, token_cross_entropy
+
+
+def document_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """`linear_cross_entropy` of each document of a packed row.
+
+    Args:
+        hidden: `[tokens, hidden_size]`.
+        weight: `[vocab_size, hidden_size]`.
+        labels: `[tokens]` int64, -100 for none, as of a question and of padding.
+        lengths: tokens of each document, on the host; they sum to `tokens`.
+
+    Returns:
+        `[documents]`: minus the log-probability of each one's labels, fp32 (fp64 for fp64).
+    """
+    if sum(lengths) != hidden.shape[0]:
+        raise ValueError(f"documents of {sum(lengths)} tokens in a row of {hidden.shape[0]}")
+    losses: Tensor = _ByDocument.apply(hidden, weight, labels, tuple(lengths))
+    return losses
+
+
+class _ByDocument(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, lengths: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.lengths = lengths
+        losses = token_cross_entropy(hidden, weight, labels)
+        return torch.stack([part.sum() for part in losses.split(lengths)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, labels = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            # Summed over documents in fp32 at least.
+            total = torch.promote_types(weight.dtype, torch.float32)
+            d_weight = torch.zeros_like(weight, dtype=total)
+        first = 0
+        for length, gradient in zip(ctx.lengths, gradients[0].unbind(), strict=True):
+            part = slice(first, first + length)
+            first += length
+            rows = hidden[part].detach().requires_grad_(d_hidden is not None)
+            matrix = weight.detach().requires_grad_(d_weight is not None)
+            wanted = [one for one in (rows, matrix) if one.requires_grad]
+            with torch.enable_grad():
+                loss = linear_cross_entropy(rows, matrix, labels[part])
+            found = iter(torch.autograd.grad(loss, wanted, gradient))
+            if d_hidden is not None:
+                d_hidden[part] = next(found)
+            if d_weight is not None:
+                d_weight += next(found)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+
+
+class PreferenceLoss(NamedTuple):
+    """Sums over pairs; all but the first are without gradients."""
+
+    loss_sum: Tensor
+    num_right: Tensor
+    """Pairs whose chosen answer has the higher reward."""
+    margin_sum: Tensor
+    """Of the chosen rewards less the rejected ones."""
+    chosen_reward_sum: Tensor
+    """beta times by how much the answer is likelier than to the reference."""
+    rejected_reward_sum: Tensor
+
+
+def preference_loss(
+    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> PreferenceLoss:
+    """`-log sigmoid(beta ((pc - rc) - (pr - rr)))`, summed over pairs.
+
+    Args:
+        policy: `[pairs, 2]` log-probabilities of the chosen and the rejected answers.
+        reference: the same of the reference, without gradients.
+        label_smoothing: share of pairs taken to be the wrong way round.
+    """
+    rewards = beta * (policy - reference.detach())
+    margins = rewards[:, 0] - rewards[:, 1]
+    losses = -functional.logsigmoid(margins)
+    if label_smoothing:
+        wrong = -functional.logsigmoid(-margins)
+        losses = (1 - label_smoothing) * losses + label_smoothing * wrong
+    margins, rewards = margins.detach(), rewards.detach()
+    return PreferenceLoss(
+        losses.sum(), (margins > 0).sum(), margins.sum(), rewards[:, 0].sum(), rewards[:, 1].sum()
+    )
