@@ -1,6 +1,6 @@
 """From a micro-batch to the arguments of the model, on this rank's device."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fulmen.data.image_batches import PackedImages, normalise_tiles
+from fulmen.data.micro_batches import check_vision
 from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit
 from fulmen.models.config import VisionConfig
@@ -74,28 +75,17 @@ def image_inputs(images: PackedImages, num_tokens: int, mesh: Mesh) -> Images:
     )
 
 
-def check_images(splits: Iterable[PreparedSplit], vision: VisionConfig | None) -> None:
+def check_images(splits: Sequence[PreparedSplit], vision: VisionConfig | None) -> None:
     """ValueError, naming the keys, for sources whose images the model cannot see as prepared."""
+    if vision is not None:
+        check_vision(splits, vision.tiling, vision.image_token_id)
+        return
     for split in splits:
-        if split.images is None:
-            continue
-        where = f"data.sources.{split.name}: {split.path}"
-        if vision is None:
+        if split.images is not None:
             raise ValueError(
-                f"{where} has images, and the model has no eyes: take a model with model.vision, "
-                "or another source"
+                f"data.sources.{split.name}: {split.path} has images, and the model has no eyes: "
+                "take a model with model.vision, or another source"
             )
-        tiling = split.images.tiling
-        for key, here, there in (
-            ("tile_size", vision.tile_size, tiling.tile_size),
-            ("patch_size", vision.patch_size, tiling.patch_size),
-            ("image_token_id", vision.image_token_id, split.images.special_ids["image"]),
-        ):
-            if here != there:
-                raise ValueError(
-                    f"model.vision.{key}={here}, but {where} was prepared with {there}: prepare "
-                    "it anew, or change the key"
-                )
 
 
 def _indices(array: np.ndarray, device: torch.device) -> Tensor:
