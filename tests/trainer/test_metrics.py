@@ -228,7 +228,7 @@ def test_wandb_offline_run_reads_back(tmp_path: Path) -> None:
     ]
     axes = {m["glob_name"]: m["step_metric"] for m in records["metric"] if "glob_name" in m}
     assert axes == {"train/*": "tokens", "eval/*": "tokens"}
-    assert records["exit"] == [{"exit_code": 0}]
+    assert [record["exit_code"] for record in records["exit"]] == [0]
 
 
 class FakeRun:
