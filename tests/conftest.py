@@ -39,7 +39,7 @@ def one_rank() -> Iterator[torch.device]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: workers take files in order, and a long one that begins
-    last would leave the others idle."""
+    """The documentation's commands first, then files with slow tests: workers take files in order,
+    and a long one that begins last would leave the others idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name != "test_docs.py", item.path not in slow))
