@@ -67,7 +67,7 @@ pretrain-stages: $(STAMP) data questions  ## the stages of the 1M-token recipe, 
 
 test: $(STAMP)  ## every test
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(STAMP)  ## the tests that need a GPU, on a machine that has one
 	@FULMEN_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
