@@ -3,11 +3,14 @@
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from fulmen.data.shards import read_manifest
+from fulmen.data.tokenise import TOKENIZER_FILE, load_tokenizer, tokenizer_path, train_tokenizer
 from fulmen.data.writing import as_json, write_whole
 
 PROGRESS = ".progress"
@@ -95,3 +98,31 @@ def _claim(output: Path) -> None:
         (output / PROGRESS).mkdir(exist_ok=True)
     except OSError as error:
         raise ValueError(f"output={output} cannot be written: {error}") from None
+
+
+def keep_tokenizer(
+    output: Path,
+    given: str,
+    texts: Callable[[], Iterator[str]],
+    *,
+    vocab_size: int,
+    end_of_document: str,
+    special_tokens: Sequence[str],
+    say: Callable[[str], object],
+) -> Tokenizer:
+    """The folder's tokenizer: there from before, a copy of the given one, or trained on `texts`."""
+    path = output / TOKENIZER_FILE
+    if not path.exists():
+        if given == "train":
+            say(f"training a tokenizer of {vocab_size} entries ...")
+            trained = train_tokenizer(
+                texts(),
+                vocab_size=vocab_size,
+                end_of_document=end_of_document,
+                special_tokens=special_tokens,
+            )
+            content = trained.to_str(pretty=True).encode()
+        else:
+            content = tokenizer_path(given).read_bytes()
+        write_whole(path, content, temporary_folder=output / PROGRESS)
+    return load_tokenizer(str(path))

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from fulmen.data.buckets import length_histogram
 from fulmen.data.config import PrepareConfig
-from fulmen.data.folder import PROGRESS, check_finished, kept_shards, work_on
+from fulmen.data.folder import PROGRESS, check_finished, keep_tokenizer, kept_shards, work_on
 from fulmen.data.reading import InputFile, check_parquet, input_signature, list_input, read_chunks
 from fulmen.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, file_sha256, read_manifest
 from fulmen.data.tokenise import (
@@ -31,7 +31,6 @@ from fulmen.data.tokenise import (
     special_id,
     token_dtype,
     tokenizer_path,
-    train_tokenizer,
     vocabulary_size,
 )
 from fulmen.data.writing import ShardWriter, as_json, write_whole
@@ -55,7 +54,15 @@ def prepare(config: PrepareConfig, *, console: Console) -> dict[str, Any]:
     settings = _settings(config, files)
     if not (output / MANIFEST).exists():
         with work_on(output, settings):
-            tokenizer = _make_tokenizer(config, files, output, console)
+            tokenizer = keep_tokenizer(
+                output,
+                config.tokenizer,
+                lambda: _sample_texts(config, files),
+                vocab_size=config.vocab_size,
+                end_of_document=config.end_of_document,
+                special_tokens=config.special_tokens,
+                say=console.print,
+            )
             shards = _write_shards(config, files, output, tokenizer, console)
             _finish(config, output, settings, tokenizer, shards, console)
     else:
@@ -109,26 +116,6 @@ def _settings(config: PrepareConfig, files: Sequence[InputFile]) -> dict[str, An
     settings["validation_fraction"] = config.validation_fraction
     settings["shard_tokens"] = config.shard_tokens
     return settings
-
-
-def _make_tokenizer(
-    config: PrepareConfig, files: Sequence[InputFile], output: Path, console: Console
-) -> Tokenizer:
-    path = output / TOKENIZER_FILE
-    if not path.exists():
-        if config.tokenizer == "train":
-            console.print(f"training a tokenizer of {config.vocab_size} entries ...")
-            trained = train_tokenizer(
-                _sample_texts(config, files),
-                vocab_size=config.vocab_size,
-                end_of_document=config.end_of_document,
-                special_tokens=config.special_tokens,
-            )
-            content = trained.to_str(pretty=True).encode()
-        else:
-            content = tokenizer_path(config.tokenizer).read_bytes()
-        write_whole(path, content, temporary_folder=output / PROGRESS)
-    return load_tokenizer(str(path))
 
 
 def _sample_texts(config: PrepareConfig, files: Sequence[InputFile]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from fulmen.data.buckets import length_histogram
 from fulmen.data.config import PrepareImagesConfig
 from fulmen.data.conversations import FIELDS, RecordError, parse_example
-from fulmen.data.folder import PROGRESS, check_finished, kept_shards, work_on
+from fulmen.data.folder import PROGRESS, check_finished, keep_tokenizer, kept_shards, work_on
 from fulmen.data.image_encoding import HEADERS, ImageEncodeSettings, SpecialIds, encode_all
 from fulmen.data.image_reading import SUFFIXES, ReadLimits, read_fields, read_records
 from fulmen.data.image_writing import ImageShardWriter
@@ -33,7 +33,6 @@ from fulmen.data.tokenise import (
     special_id,
     token_dtype,
     tokenizer_path,
-    train_tokenizer,
     vocabulary_size,
 )
 from fulmen.data.writing import as_json, write_whole
@@ -54,7 +53,15 @@ def prepare_images(config: PrepareImagesConfig, *, console: Console) -> dict[str
     settings = _settings(config, files, len(held_out))
     if not (output / MANIFEST).exists():
         with work_on(output, settings):
-            tokenizer = _make_tokenizer(config, files, output, console)
+            tokenizer = keep_tokenizer(
+                output,
+                config.tokenizer,
+                lambda: _sample_texts(config, files),
+                vocab_size=config.vocab_size,
+                end_of_document=config.end_of_document,
+                special_tokens=[config.image_token, config.begin_turn, config.end_turn],
+                say=console.print,
+            )
             shards = _write_shards(config, files, held_out, output, tokenizer, console)
             _finish(config, output, settings, tokenizer, shards, console)
     else:
@@ -150,26 +157,6 @@ def _settings(
 
 def _read_limits(config: PrepareImagesConfig) -> ReadLimits:
     return ReadLimits(int(config.max_image_mb * 2**20), dict(config.fields))
-
-
-def _make_tokenizer(
-    config: PrepareImagesConfig, files: Sequence[InputFile], output: Path, console: Console
-) -> Tokenizer:
-    path = output / TOKENIZER_FILE
-    if not path.exists():
-        if config.tokenizer == "train":
-            console.print(f"training a tokenizer of {config.vocab_size} entries ...")
-            trained = train_tokenizer(
-                _sample_texts(config, files),
-                vocab_size=config.vocab_size,
-                end_of_document=config.end_of_document,
-                special_tokens=[config.image_token, config.begin_turn, config.end_turn],
-            )
-            content = trained.to_str(pretty=True).encode()
-        else:
-            content = tokenizer_path(config.tokenizer).read_bytes()
-        write_whole(path, content, temporary_folder=output / PROGRESS)
-    return load_tokenizer(str(path))
 
 
 def _sample_texts(config: PrepareImagesConfig, files: Sequence[InputFile]) -> Iterator[str]:
