@@ -13,6 +13,8 @@ import pytest
 import torch
 from support.crashing import crash_on_three
 from support.folders import write_folder
+from support.loaders import open_loader as open_small_loader
+from support.loaders import take
 from support.pictures import encoded, picture, prepare, write_jsonl
 
 from fulmen.data.config import SourceConfig
@@ -20,7 +22,6 @@ from fulmen.data.image_decoding import ImageDecoder, TileJob
 from fulmen.data.images import ImageLimits, image_tiles
 from fulmen.data.loader import PackedLoader, StepBatch, evaluation_batches
 from fulmen.data.micro_batches import check_vision
-from fulmen.data.mixture import Shares
 from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit, read_manifest
 from fulmen.data.tokenise import load_tokenizer
@@ -89,23 +90,13 @@ def sources(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 
 def open_loader(sources: Sources, **options: Any) -> PackedLoader:
-    weights = {name: source.weight for name, source in sources.items()}
-    settings: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "seq_len": SEQ_LEN,
         "micro_batch_tokens": MICRO,
         "batch_tokens": lambda tokens: BATCH,
-        "seed": 7,
         "vocab_size": 300,
-        "shares": lambda tokens: Shares(weights, None),
-        "prefetch_steps": 0,
     }
-    return PackedLoader(sources, **(settings | options))
-
-
-def take(loader: PackedLoader, count: int) -> list[StepBatch]:
-    steps = [next(loader) for _ in range(count)]
-    loader.close()
-    return steps
+    return open_small_loader(sources, **(sizes | options))
 
 
 def assert_same(left: PackedBatch, right: PackedBatch) -> None:

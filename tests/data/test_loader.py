@@ -12,10 +12,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from support.folders import MakeFolder
+from support.loaders import open_loader as open_small_loader
+from support.loaders import take
 
 from fulmen.data.config import DataConfig, SourceConfig
 from fulmen.data.loader import PackedLoader, StepBatch, evaluation_batches
-from fulmen.data.mixture import Shares
 from fulmen.data.packing import PackedBatch
 from fulmen.data.permutation import RandomOrder
 from fulmen.data.shards import PreparedSplit
@@ -43,23 +44,13 @@ def sources(make_folder: MakeFolder) -> Sources:
 
 
 def open_loader(sources: Sources, **options: Any) -> PackedLoader:
-    weights = {name: source.weight for name, source in sources.items()}
-    settings: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "seq_len": SEQ_LEN,
         "micro_batch_tokens": MICRO,
         "batch_tokens": lambda tokens: BATCH,
-        "seed": 7,
         "vocab_size": 1000,
-        "shares": lambda tokens: Shares(weights, None),
-        "prefetch_steps": 0,
     }
-    return PackedLoader(sources, **(settings | options))
-
-
-def take(loader: PackedLoader, count: int) -> list[StepBatch]:
-    steps = [next(loader) for _ in range(count)]
-    loader.close()
-    return steps
+    return open_small_loader(sources, **(sizes | options))
 
 
 def same(left: PackedBatch, right: PackedBatch) -> bool:
