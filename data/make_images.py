@@ -194,7 +194,8 @@ def _with_record(pictures: list[_Picture], record: dict[str, Any]) -> Members:
 
 def _caption(maker: _Maker) -> Members:
     picture = maker.picture()
-    text = f"the {picture.noun} {picture.text} in {picture.colour}"
+    # In quotes, so that what is to be read is spelt as in an answer: no space belongs to it.
+    text = f'the {picture.noun} "{picture.text}" in {picture.colour}'
     return {picture.ending: picture.data, "txt": text.encode()}
 
 

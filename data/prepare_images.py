@@ -160,8 +160,7 @@ def _read_limits(config: PrepareImagesConfig) -> ReadLimits:
 
 
 def _sample_texts(config: PrepareImagesConfig, files: Sequence[InputFile]) -> Iterator[str]:
-    """Texts of the first records, and the headers of the turns."""
-    yield from HEADERS.values()
+    """Texts of the first records, each turn's behind its header."""
     limits, left = _read_limits(config), config.train_sample_mb * 1e6
     for chunk in read_records(files, limits):
         for raw in chunk:
@@ -174,7 +173,7 @@ def _sample_texts(config: PrepareImagesConfig, files: Sequence[InputFile]) -> It
                 for turn in document:
                     text = turn.text.encode("utf-8", "ignore").decode()
                     left -= len(text)
-                    yield text
+                    yield HEADERS.get(turn.role, "") + text
         if left <= 0:
             return
 

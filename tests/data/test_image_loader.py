@@ -145,10 +145,13 @@ def test_resume_in_the_middle(sources: Sources, dp_size: int) -> None:
             assert_same(*pair)
 
 
-def test_each_step_adds_up(sources: Sources, folder: Path) -> None:
+@pytest.mark.parametrize("text", ["a_text", "text"])
+def test_each_step_adds_up(sources: Sources, folder: Path, text: str) -> None:
+    """Whichever source comes first."""
     image_id = read_manifest(folder)["special_ids"]["image"]
-    drawn = {"pictures": 0, "text": 0}
-    for step in take(open_loader(sources), 12):
+    named = {"pictures": sources["pictures"], text: sources["text"]}
+    drawn = dict.fromkeys(named, 0)
+    for step in take(open_loader(named), 12):
         batches = step.micro_batches
         images = [batch.images for batch in batches if batch.images is not None]
         assert step.num_tokens == sum(batch.num_tokens for batch in batches)
@@ -166,7 +169,7 @@ def test_each_step_adds_up(sources: Sources, folder: Path) -> None:
         assert step.num_image_tokens == counted
         for name, row in step.account.items():
             drawn[name] += sum(row.values())
-    assert abs(drawn["pictures"] - 3 * drawn["text"]) < 4 * 3 * SEQ_LEN * 3
+    assert abs(drawn["pictures"] - 3 * drawn[text]) < 4 * 3 * SEQ_LEN * 3
 
 
 def test_tokens_and_tiles_lie_together(sources: Sources, folder: Path) -> None:
