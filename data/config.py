@@ -182,7 +182,7 @@ class MakeImagesConfig:
     """One run of launch/make_images.py."""
 
     output: str = MISSING
-    """Folder to write: tars for launch/prepare_images.py in captions, conversations and pairs."""
+    """Folder to write: tars for prepare_images in captions, conversations, pairs and texts."""
     seed: int = 0
     """Of all records."""
     captions: int = 2000
@@ -191,6 +191,8 @@ class MakeImagesConfig:
     """Conversations about one or two pictures."""
     pairs: int = 500
     """Pairs of a right and a wrong answer."""
+    texts: int = 0
+    """Conversations about pictures that are described instead of shown."""
     held_out: int = 200
     """Records of each sort with texts that the others never have, in held_out-*.tar."""
     kinds: list[str] = field(default_factory=lambda: ["digits", "words"])

@@ -1,5 +1,5 @@
-"""Pictures of digits and words with captions, questions and pairs of answers, for those who have
-no data: each is rendered by Pillow's own font, and nothing needs a download.
+"""Pictures of digits and words with captions, questions and pairs of answers, and the same as text,
+for those who have no data: each is rendered by Pillow's own font, and nothing needs a download.
 
 A record depends on the seed, its part and its number alone. Whether a text is held out depends on
 the text alone, so what is asked there was never written in training.
@@ -36,7 +36,7 @@ Members = dict[str, bytes]
 
 
 def make_images(config: MakeImagesConfig) -> dict[str, int]:
-    """Write `output`/{captions,conversations,pairs}/*.tar; the records of each file."""
+    """Write `output`/{captions,conversations,pairs,texts}/*.tar; the records of each file."""
     _check(config)
     written = {}
     for part, make in _PARTS.items():
@@ -128,8 +128,7 @@ class _Picture:
     """A rendered text, what it says and in which colour."""
 
     def __init__(self, maker: _Maker, kind: str, text: str, colour: str) -> None:
-        self.text, self.colour = text, colour
-        self.noun = "word" if kind == "words" else "number"
+        self.kind, self.text, self.colour = kind, text, colour
         size = maker.between(maker.config.width), maker.between(maker.config.height)
         paper = tuple(int(one) for one in maker.rng.integers(225, 256, 3))
         image = Image.new("RGB", size, paper)
@@ -192,10 +191,14 @@ def _with_record(pictures: list[_Picture], record: dict[str, Any]) -> Members:
     return members | {"json": json.dumps(record).encode()}
 
 
+def _describe(kind: str, text: str, colour: str) -> str:
+    # In quotes, so that what is to be read is spelt as in an answer: no space belongs to it.
+    return f'the {"word" if kind == "words" else "number"} "{text}" in {colour}'
+
+
 def _caption(maker: _Maker) -> Members:
     picture = maker.picture()
-    # In quotes, so that what is to be read is spelt as in an answer: no space belongs to it.
-    text = f'the {picture.noun} "{picture.text}" in {picture.colour}'
+    text = _describe(picture.kind, picture.text, picture.colour)
     return {picture.ending: picture.data, "txt": text.encode()}
 
 
@@ -204,14 +207,28 @@ def _conversation(maker: _Maker) -> Members:
     pictures = [maker.picture() for _ in range(1 + int(maker.rng.random() < 0.25))]
     messages = []
     for picture in pictures:
-        asked = [("what is written?", picture.text), ("which colour?", picture.colour)]
-        if maker.rng.random() < 0.5:
-            asked = asked[:1]
-        for number, (question, answer) in enumerate(asked):
-            begin = "" if number else "<image>"
-            messages.append({"role": "user", "content": begin + question})
-            messages.append({"role": "assistant", "content": answer})
+        messages += _questions(maker, "<image>", picture.text, picture.colour)
     return _with_record(pictures, {"messages": messages})
+
+
+def _text(maker: _Maker) -> Members:
+    """The same questions about a picture that is described."""
+    kind = maker.choose(maker.config.kinds)
+    text, colour = maker.text(kind), maker.choose(list(COLOURS))
+    begin = f"{_describe(kind, text, colour)}: "
+    return _with_record([], {"messages": _questions(maker, begin, text, colour)})
+
+
+def _questions(maker: _Maker, begin: str, text: str, colour: str) -> list[dict[str, str]]:
+    """One or two questions with their answers, the first behind what it is about."""
+    asked = [("what is written?", text), ("which colour?", colour)]
+    if maker.rng.random() < 0.5:
+        asked = asked[:1]
+    messages = []
+    for number, (question, answer) in enumerate(asked):
+        messages.append({"role": "user", "content": ("" if number else begin) + question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
 
 
 def _pair(maker: _Maker) -> Members:
@@ -232,4 +249,4 @@ def _misread(maker: _Maker, text: str) -> str:
     return text[:at] + maker.choose(alphabet.replace(text[at], "")) + text[at + 1 :]
 
 
-_PARTS = {"captions": _caption, "conversations": _conversation, "pairs": _pair}
+_PARTS = {"captions": _caption, "conversations": _conversation, "pairs": _pair, "texts": _text}
