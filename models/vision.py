@@ -17,7 +17,7 @@ from fulmen.models.config import VisionConfig
 
 CHANNELS = 3
 # Not cuDNN, which torch would choose: it builds a plan for each new number of tiles.
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class PatchEmbedding(nn.Linear):
@@ -102,7 +102,7 @@ class VisionAttention(nn.Module):
         if x.shape[0] == 0:
             # A batch that kernels refuse; still all weights are to have a gradient, of zero.
             return self.out_proj((q + k + v).transpose(1, 2).flatten(2))
-        with sdpa_kernel(_KERNELS) if x.is_cuda else nullcontext():
+        with sdpa_kernel(KERNELS) if x.is_cuda else nullcontext():
             attended = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
