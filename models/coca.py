@@ -58,6 +58,8 @@ class CoCaLosses(NamedTuple):
     """fp32 scalar: mean of both directions' cross entropy, summed over this rank's images."""
     num_right: Tensor
     """int64 scalar: images whose text is nearest, and texts whose image is."""
+    temperature: Tensor
+    """fp32 scalar: what similarities are divided by."""
 
 
 class Attention(nn.Module):
@@ -156,8 +158,8 @@ class Contrast(nn.Module):
         super().__init__()
         self.log_scale = nn.Parameter(torch.empty(1))
 
-    def forward(self, images: Tensor, texts: Tensor, room: int) -> tuple[Tensor, Tensor]:
-        """`[pairs, embedding_size]` of unit length each to the loss's sum and `num_right`.
+    def forward(self, images: Tensor, texts: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`[pairs, embedding_size]` of unit length each to the last three of `CoCaLosses`.
 
         Every rank has room for so many pairs.
         """
@@ -174,7 +176,7 @@ class Contrast(nn.Module):
             scores = (scale * mine @ others.T).masked_fill(absent, -torch.inf)
             loss = loss + F.cross_entropy(scores, own, reduction="sum") / 2
             right = right + (scores.argmax(1) == own).sum()
-        return loss, right
+        return loss, right, 1 / scale.detach()[0]
 
     def gather(self, rows: Tensor) -> tuple[Tensor, int]:
         """The rows of all ranks and the index of this one's first; a seam of data parallelism."""
@@ -225,11 +227,11 @@ class CoCa(nn.Module):
         count = pixels.shape[0] if captions.count is None else captions.count
         images = unit(self.pooler(patches))
         room = max(count, 1) if room is None else room
-        loss, right = self.contrast(images[:count], texts[:count], room)
+        loss, right, temperature = self.contrast(images[:count], texts[:count], room)
         for block in list(self.layers)[self._num_unimodal :]:
             hidden = block(hidden, patches)
         caption_loss = self.lm_head(self.norm(hidden), captions.labels)
-        return CoCaLosses(caption_loss, loss, right)
+        return CoCaLosses(caption_loss, loss, right, temperature)
 
     @property
     def _num_unimodal(self) -> int:
