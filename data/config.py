@@ -194,7 +194,7 @@ class MakeImagesConfig:
     pairs: int = 500
     """Pairs of a right and a wrong answer."""
     labelled: int = 0
-    """Pictures, of texts that captions have too, with nothing but the text, as for classification."""
+    """Pictures of texts that captions have too, with the text alone: for classification."""
     held_out: int = 200
     """Records of each sort with texts that the others never have, in held_out-*.tar."""
     kinds: list[str] = field(default_factory=lambda: ["digits", "words"])

@@ -224,8 +224,8 @@ def _check_coca(config: ModelConfig, coca: CoCaConfig) -> None:
     for name, (value, wanted) in plain.items():
         if value != wanted:
             raise ValueError(
-                f"model.{name}={value}: a model with model.coca is a plain transformer with learned "
-                f"positions and without experts: set it to {wanted}"
+                f"model.{name}={value}: a model with model.coca is a plain transformer, with "
+                f"learned positions and without experts: set it to {wanted}"
             )
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(

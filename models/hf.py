@@ -15,7 +15,7 @@ import torch
 from fulmen.models.config import ModelConfig, MoEConfig, VisionConfig, check_model
 from fulmen.models.image_layout import PIXEL_MEAN, PIXEL_STD
 from fulmen.models.vision import CHANNELS
-from fulmen.models.vl import build_model
+from fulmen.models.vl import build_language_model
 
 FORMATS = ("released", "transformers")
 DECAY_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
@@ -89,7 +89,7 @@ class Slot(NamedTuple):
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Our parameter names and shapes, in the model's order; no memory is taken."""
     with torch.device("meta"):
-        model = build_model(config, MoEConfig())
+        model = build_language_model(config, MoEConfig())
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

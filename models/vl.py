@@ -96,7 +96,15 @@ class VisionLanguageModel(TextModel):
 
 def build_model(config: ModelConfig, moe: MoEConfig) -> TextModel | CoCa:
     """The model that a configuration describes, without values."""
+    return build_language_model(config, moe) if config.coca is None else CoCa(config)
+
+
+def build_language_model(config: ModelConfig, moe: MoEConfig) -> TextModel:
+    """The same, for what reads and writes text; `ValueError` for a tower with its captioner."""
     if config.coca is not None:
-        return CoCa(config)
+        raise ValueError(
+            "this model is a vision tower that learns from captions (model.coca), no language "
+            "model: train on with it, or begin a VL model's stage I from its tower"
+        )
     kind = TextModel if config.vision is None else VisionLanguageModel
     return kind(config, moe)

@@ -1,6 +1,7 @@
 """From a micro-batch of captioned images to the arguments of `CoCa.forward`."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def caption_inputs(
     patches, side = config.vision.tiling.patches_per_tile, config.vision.tile_size
     images = () if batch.images is None else batch.images.images
     bounds = batch.cu_seqlens.tolist()
-    documents = [(b, e) for b, e in zip(bounds, bounds[1:], strict=False) if b < batch.num_tokens]
+    documents = [span for span in pairwise(bounds) if span[0] < batch.num_tokens]
     begins = [begin for begin, _ in documents]
     if begins != [image.first for image in images] or any(i.layout.num_tiles != 1 for i in images):
         raise ValueError(

@@ -16,6 +16,7 @@ from fulmen.parallel.audit import audit
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.plan import parallelize
 from fulmen.parallel.progress import phase
+from fulmen.trainer.captions import Captioning
 from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.flops import Throughput, count_passes_by_part, device_peak
@@ -32,7 +33,10 @@ from fulmen.trainer.stages import drawn_sources, list_shares, run_tokens, shares
 from fulmen.trainer.start import Start, find_start
 from fulmen.trainer.weights import changed_keys, check_same_model
 
-OBJECTIVES: dict[str, type[Objective]] = {"language_modelling": LanguageModelling}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "language_modelling": LanguageModelling,
+    "coca": Captioning,
+}
 
 
 class Trainer:
@@ -57,7 +61,7 @@ class Trainer:
         self.tokens = 0
         torch.manual_seed(config.seed)  # torch itself begins with another seed in every process
         with torch.device("meta"):
-            self.model = build_model(config.model, config.moe)
+            self.model: Any = build_model(config.model, config.moe)
         names = [name for name, _ in self.model.named_parameters()]
         settings = resolve_groups(config.optim, names)
         self.engine = parallelize(
