@@ -61,16 +61,20 @@ class VisionEmbeddings(nn.Module):
 
     def positions(self, side: int) -> Tensor:
         """`[1 + side * side, hidden_size]`, resized bicubically if the tile is of another size."""
-        weight = self.position_embedding.weight
-        if side == self.side:
-            return weight
-        matrix = _resizing(self.side, side).to(weight.device)
-        # Matrices rather than `interpolate`, whose backward pass on a GPU adds in any order.
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        matrix = matrix.to(wide.dtype)
-        grid = wide[1:].unflatten(0, (self.side, self.side))
-        resized = torch.einsum("yi,ijh,xj->yxh", matrix, grid, matrix).flatten(0, 1)
-        return torch.cat([wide[:1], resized]).to(weight.dtype)
+        return resize_positions(self.position_embedding.weight, self.side, side)
+
+
+def resize_positions(weight: Tensor, old: int, new: int) -> Tensor:
+    """`[1 + old^2, hidden_size]` to `[1 + new^2, hidden_size]`: bicubic, the class token's kept."""
+    if new == old:
+        return weight
+    matrix = _resizing(old, new).to(weight.device)
+    # Matrices rather than `interpolate`, whose backward pass on a GPU adds in any order.
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    matrix = matrix.to(wide.dtype)
+    grid = wide[1:].unflatten(0, (old, old))
+    resized = torch.einsum("yi,ijh,xj->yxh", matrix, grid, matrix).flatten(0, 1)
+    return torch.cat([wide[:1], resized]).to(weight.dtype)
 
 
 @lru_cache(maxsize=8)

@@ -6,6 +6,12 @@ from torch import Tensor
 from fulmen.models.coca import Captions
 from fulmen.models.config import CoCaConfig, ModelConfig, VisionConfig
 
+VIT_DATA = [
+    *(f"data.sources.{name}.path=none" for name in ("raw_alone", "raw", "refined")),
+    "evaluation.zero_shot.imagenet.path=none",
+]
+"""What the recipes vl01_vit and vl01_vit_336 cannot know, as overrides."""
+
 
 def tiny_coca(vocab_size: int = 51, image_token_id: int = 1) -> ModelConfig:
     """Widths that differ wherever they may; four patches a tile."""
