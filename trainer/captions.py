@@ -1,6 +1,7 @@
 """Captioned images as an objective: how a vision tower is pretrained by itself (models/coca.py)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,12 +30,13 @@ class Captioning(Objective):
     def __init__(
         self,
         config: RunConfig,
-        model: CoCa,
+        model: Any,
         mesh: Mesh,
         train: Sequence[PreparedSplit],
         held_out: Mapping[str, PreparedSplit],
     ) -> None:
         super().__init__(config, model, mesh, train, held_out)
+        assert isinstance(model, CoCa)
         assert config.model.coca is not None
         self._coca = config.model.coca
         self._model = model
@@ -74,7 +76,7 @@ class Captioning(Objective):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         self._model.eval()
-        values = {}
+        values: dict[str, float] = {}
         for source, split in self.held_out.items():
             sums = torch.zeros(5, dtype=torch.float64, device=self.mesh.device)
             for batch in evaluation_batches(

@@ -3,7 +3,7 @@
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -61,7 +61,7 @@ class Trainer:
         self.tokens = 0
         torch.manual_seed(config.seed)  # torch itself begins with another seed in every process
         with torch.device("meta"):
-            self.model: Any = build_model(config.model, config.moe)
+            self.model = cast(Any, build_model(config.model, config.moe))
         names = [name for name, _ in self.model.named_parameters()]
         settings = resolve_groups(config.optim, names)
         self.engine = parallelize(
