@@ -302,7 +302,7 @@ class Throughput:
         self,
         *,
         num_tokens: int,
-        sum_squared_lengths: float,
+        sum_squared_lengths: int,
         num_tiles: int = 0,
         num_image_tokens: int = 0,
     ) -> None:
