@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -17,6 +18,8 @@ from fulmen.trainer.long_context.config import LongContextConfig, check_tasks
 from fulmen.trainer.metrics import LogConfig
 
 Schema = TypeVar("Schema")
+OBJECTIVES = ("language_modelling", "coca")
+"""Values of `objective`; trainer/objective.py."""
 
 
 @dataclass
@@ -129,6 +132,16 @@ class CheckpointConfig:
 
 
 @dataclass
+class ZeroShotConfig:
+    """A labelled folder by which a tower is judged (trainer/zero_shot.py)."""
+
+    path: str = MISSING
+    """Prepared folder whose captions are names of classes; its split `valid` is classified."""
+    templates: list[str] = field(default_factory=lambda: ["{}"])
+    """Texts in which {} is a class's name; their embeddings are averaged."""
+
+
+@dataclass
 class EvaluationConfig:
     """The `evaluation` group: loss on held-out documents of each source, and long texts."""
 
@@ -138,12 +151,16 @@ class EvaluationConfig:
     """Held-out tokens per source and evaluation."""
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
     """Retrieval from long texts."""
+    zero_shot: dict[str, ZeroShotConfig] = field(default_factory=dict)
+    """Zero-shot classification of labelled folders, by a name of their own; for objective=coca."""
 
 
 @dataclass
 class StageConfig:
     """One stage of `stages`; what is null or empty in it is as in the run's own keys."""
 
+    objective: str | None = None
+    """In place of the run's objective."""
     tokens: int | None = None
     """Trained tokens; null = the sum of the phases of the stage's schedule."""
     seq_len: int | None = None
@@ -184,6 +201,9 @@ class RunConfig:
     """Folder of all runs; this one's is run_root/recipe/run_id."""
     run_id: str | None = None
     """Name of the run; null = the SLURM job's id, or the date and time."""
+    objective: str = "language_modelling"
+    """What is minimised: language_modelling (the next token's cross entropy), or coca (a vision
+    tower learns from captions)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -216,6 +236,8 @@ def check_config(config: RunConfig, world_size: int) -> None:
     check_model(config.model, config.moe)
     check_parallel(config.parallel, world_size)
     check_experts(config.parallel, config.model, world_size)
+    _check_choice("objective", config.objective, OBJECTIVES)
+    _check_captioning(config)
     _check_choice("optim.name", config.optim.name, ["adamw", "apex_fused_adam"])
     _check_choice("trainer.dtype", config.trainer.dtype, ["bfloat16", "float32"])
     checkpointing = config.trainer.activation_checkpointing
@@ -250,6 +272,39 @@ def check_config(config: RunConfig, world_size: int) -> None:
     long = config.evaluation.long_context
     key = "evaluation.long_context."
     check_tasks(long.tasks, long.lengths, long.depths, long.samples, key)
+
+
+def _check_captioning(config: RunConfig) -> None:
+    is_captioner = config.model.coca is not None
+    if is_captioner != (config.objective == "coca"):
+        raise ValueError(
+            f"objective={config.objective} does not go with model.coca "
+            f"{'given' if is_captioner else 'null'}: a model with model.coca learns with "
+            "objective=coca, and no other does"
+        )
+    if not is_captioner:
+        if config.evaluation.zero_shot:
+            raise ValueError("evaluation.zero_shot needs objective=coca")
+        return
+    for key, value in (
+        ("parallel.cp", config.parallel.cp),
+        ("parallel.ep", config.parallel.ep),
+        ("parallel.etp", config.parallel.etp),
+    ):
+        if value != 1:
+            raise ValueError(
+                f"{key}={value}: objective=coca is data parallel alone, for captions are short and "
+                "there are no experts: set it to 1"
+            )
+    long_context = config.evaluation.long_context.every_steps
+    for key, given in (
+        ("trainer.compile", config.trainer.compile),
+        ("trainer.chunk_tokens", config.trainer.chunk_tokens is not None),
+        ("evaluation.long_context.every_steps", long_context is not None),
+        ("optim.groups.*.frozen", any(one.frozen for one in config.optim.groups.values())),
+    ):
+        if given:
+            raise ValueError(f"{key} is not for objective=coca: leave it out")
 
 
 def _check_memory(trainer: TrainerConfig) -> None:
@@ -339,7 +394,7 @@ def check_groups(config: OptimConfig) -> None:
             raise ValueError(f"{key}.weight_decay={group.weight_decay}: must not be negative")
 
 
-def _check_choice(key: str, value: str, choices: list[str]) -> None:
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{key}={value}: must be one of {', '.join(choices)}")
 

@@ -56,7 +56,7 @@ from math import ceil, prod
 
 import torch
 
-from fulmen.models.config import ModelConfig, MoEConfig, VisionConfig
+from fulmen.models.config import CoCaConfig, ModelConfig, MoEConfig, VisionConfig
 from fulmen.models.text import count_active_parameters, count_parameters
 from fulmen.models.vl import build_model
 from fulmen.parallel.zero import expert_shard_dim
@@ -110,8 +110,8 @@ class ModelCount:
 @lru_cache(maxsize=4)
 def _count(values: tuple) -> ModelCount:
     config = ModelConfig(*values)
-    if config.vision is not None:
-        config.vision = VisionConfig(*values[-1])  # a dataclass inside becomes a tuple too
+    config.vision = values[-2] and VisionConfig(*values[-2])  # dataclasses inside are tuples too
+    config.coca = values[-1] and CoCaConfig(*values[-1])
     with torch.device("meta"):
         model = build_model(config, MoEConfig())
     shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
@@ -204,7 +204,7 @@ def _list_units(
 
 def _unit_of(name: str) -> tuple[int, str]:
     words = name.split(".")
-    if name == "image_newline":
+    if name in ("image_newline", "class_embedding", "position_embedding.weight"):
         return -1, "norm"
     if words[0] == "vision_tower" and "layers" in words:
         return -1, ".".join(words[:5])
