@@ -19,9 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fulmen.data.config import MakeImagesConfig
 
+# Light on paper of about CLIP's mean, so that normalised pixels are zero where nothing is written:
+# on white paper its brightness is all that a small model sees for thousands of steps.
 COLOURS = {
-    "black": (20, 20, 20), "red": (200, 30, 30), "green": (20, 130, 40), "blue": (30, 60, 200),
-    "purple": (130, 40, 150), "brown": (120, 70, 20),
+    "white": (255, 255, 255), "red": (255, 100, 100), "green": (100, 255, 100),
+    "blue": (100, 100, 255), "yellow": (255, 255, 100), "pink": (255, 100, 255),
 }  # fmt: skip
 KINDS = ("digits", "words", "handwritten")
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
@@ -132,7 +134,7 @@ class _Picture:
     def __init__(self, maker: _Maker, kind: str, text: str, colour: str) -> None:
         self.kind, self.text, self.colour = kind, text, colour
         size = maker.between(maker.config.width), maker.between(maker.config.height)
-        paper = tuple(int(one) for one in maker.rng.integers(225, 256, 3))
+        paper = tuple(int(one) for one in maker.rng.integers(100, 131, 3))
         image = Image.new("RGB", size, paper)
         mask = (
             _written(text, size) if kind != "handwritten" else _written_by_hand(maker, text, size)
