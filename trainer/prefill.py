@@ -1,8 +1,9 @@
 """A text through the model in pieces, so that its length costs little memory; no gradients.
 
 From one piece to the next go, in a `Cache`, a state of fixed size in every lightning layer, keys
-and values in the softmax layers, and the tower's features of the text's images. Logits are formed only where they are asked for. With `mesh.cp`
-above 1 the ranks that share a row read one text together: see `parallel/prompt.py`.
+and values in the softmax layers, and what the tower made of the text's images. Logits are formed
+only where they are asked for. With `mesh.cp` above 1 the ranks that share a row read one text
+together: see `parallel/prompt.py`.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,9 @@ from support.pictures import encoded, picture, prepare, write_jsonl
 from support.tiny import tiny_config
 
 
-def write_conversations(folder: Path, count: int = 60) -> Path:
+def write_conversations(
+    folder: Path, *, answer: str = "it is {}, no more and no less", count: int = 60
+) -> Path:
     """A prepared folder; some conversations have no image, some several."""
     (folder / "raw").mkdir(parents=True)
     records = []
@@ -21,8 +23,8 @@ def write_conversations(folder: Path, count: int = 60) -> Path:
             data = encoded(picture(*size, seed=10 * number + place))
             (folder / "raw" / name).write_bytes(data)
         question = {"role": "user", "content": f"what is {number} " + "<image>" * len(names)}
-        answer = {"role": "assistant", "content": f"it is {number}, no more and no less"}
-        records.append({"messages": [question, answer], "images": names})
+        said = {"role": "assistant", "content": answer.format(number)}
+        records.append({"messages": [question, said], "images": names})
     write_jsonl(folder / "raw" / "x.jsonl", records)
     prepare(str(folder / "raw"), folder / "out", validation_fraction=0.2, max_tokens=128)
     return folder / "out"

@@ -1,6 +1,6 @@
 """Questions about held-out images: prompts, greedy answers on any mesh, scores, examples."""
 
-import json
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,66 +8,162 @@ import pytest
 import torch
 from PIL import Image
 from support.seeing import seeing_config, write_conversations
+from support.tiny import tiny_config
 from support.worlds import run_world
+from torch import Tensor
 
+from fulmen.data.loader import evaluation_batches
 from fulmen.data.shards import PreparedSplit
+from fulmen.models.config import MoEConfig
+from fulmen.models.init import init_model
+from fulmen.models.vl import build_model
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import RunConfig, check_config
+from fulmen.trainer.inputs import model_inputs
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
+from fulmen.trainer.prefill import Reader
+from fulmen.trainer.prompt_images import PromptImages
 from fulmen.trainer.reading.config import ReadingConfig
 from fulmen.trainer.reading.examples import read_examples
-from fulmen.trainer.reading.in_loop import Reading, answer_texts
+from fulmen.trainer.reading.in_loop import answer_texts, open_splits, tokenizer_of
+from fulmen.trainer.reading.questions import Question, stored_questions
+
+TILE = 28
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("conversations"))
+    return write_conversations(tmp_path_factory.mktemp("conversations"), answer="it is {}")
+
+
+def open_split(images: Path) -> PreparedSplit:
+    return PreparedSplit(images, "valid", name="text", vocab_size=1000)
+
+
+def ask(split: PreparedSplit, **limits: int) -> list[Question]:
+    limits = {"max_documents": 100, "max_answer_tokens": 40} | limits
+    return stored_questions(split, tokenizer_of(split), **limits)
+
+
+def read_last(reader: Reader, question: Question, *, passes: int = 0) -> Tensor:
+    """Logits behind a question."""
+    prompt = question.make_prompt()
+    seen = PromptImages.of(prompt.pictures, tile_size=TILE, rank=reader.rank, ranks=reader.ranks)
+    ids = torch.tensor(prompt.ids)
+    return reader.read(ids, images=seen, passes=passes)[0][-1]
+
+
+def test_questions_of_held_out_documents(images: Path) -> None:
+    split = open_split(images)
+    questions = ask(split)
+    assert len(questions) > 5
+    for question in questions:
+        number = int(question.text.split("what is ")[1].split()[0])
+        assert question.text == f"what is {number} " + "<image>" * (number % 4)
+        assert question.truths == (f"it is {number}",)
+        prompt = question.make_prompt()
+        assert len(prompt.pictures) == number % 4 > 0
+        assert all(prompt.ids[picture.first] == 1 for picture in prompt.pictures)
+    assert len(ask(split, max_documents=3)) == 3
+    assert ask(split, max_answer_tokens=2) == []
+
+
+def test_pieces_equal_the_packed_pass(images: Path, one_rank: torch.device) -> None:
+    config = seeing_config(images)
+    model = build_model(config.model, MoEConfig())
+    init_model(model, config.model, seed=1)
+    model.requires_grad_(False).eval()
+    split, mesh = open_split(images), build_mesh(ParallelConfig(), one_rank)
+    questions = {tuple(question.make_prompt().ids): question for question in ask(split)}
+    compared = 0
+    for batch in evaluation_batches(
+        split, seq_len=256, micro_batch_tokens=256, max_tokens=10_000, dp_rank=0, dp_size=1
+    ):
+        inputs = model_inputs(batch, mesh, config.model.vision) | {"labels": None}
+        logits = model(**inputs)[0]
+        for first, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+            document = tuple(batch.input_ids[0, first:end].tolist())
+            for ids, question in questions.items():
+                if document[: len(ids)] != ids:
+                    continue
+                wanted = logits[first + len(ids) - 1]
+                for chunk_tokens in (7, 1000):
+                    got = read_last(Reader(model, chunk_tokens=chunk_tokens), question)
+                    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+                compared += 1
+    assert compared == len(questions)
 
 
 def reading_config(images: Path, parallel: ParallelConfig) -> RunConfig:
     config = seeing_config(images)
     config.parallel = parallel
-    config.trainer.max_steps = 2
-    config.evaluation.reading = ReadingConfig(every_steps=1, max_documents=5, examples=2)
+    config.trainer.max_steps = 1
+    config.evaluation.reading = ReadingConfig(every_steps=1, max_documents=4, examples=2)
     return config
 
 
 def read_in_a_run(
     device: torch.device, config: RunConfig, folder: Path
-) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """Answers before the first step, and what the run logged."""
+) -> tuple[list[tuple[str, str]], Tensor, list[dict[str, Any]]]:
+    """Answers and logits before the first step, and what the run logged."""
     folder.mkdir(exist_ok=True, parents=True)
-    trainer = Trainer(config, build_mesh(config.parallel, device), folder)
+    mesh = build_mesh(config.parallel, device)
+    trainer = Trainer(config, mesh, folder)
     reading = trainer.reading
     assert reading is not None
-    trainer.model.eval()
     questions = reading.questions["text"]
-    answered = answer_texts(reading.reader, questions, reading.tokenizer, reading.mesh)
+    trainer.model.eval()
+    answered = answer_texts(reading.reader, questions, reading.tokenizer, mesh)
+    # Rows read different questions at a time, in different numbers of pieces.
+    reader = Reader(trainer.model, chunk_tokens=10, mesh=mesh)
+    turned = questions[mesh.dp_rank :] + questions[: mesh.dp_rank]
+    logits = torch.stack([read_last(reader, question, passes=20) for question in turned])
     trainer.model.train()
     trainer.fit()
     trainer.close()
-    return [(q.name, text) for q, text in answered], read_metrics(folder / "metrics.jsonl")
+    answers = [(question.name, text) for question, text in answered]
+    return answers, logits.roll(mesh.dp_rank, 0), read_metrics(folder / "metrics.jsonl")
 
 
 @pytest.mark.slow
 def test_in_the_loop_on_any_mesh(images: Path, tmp_path: Path) -> None:
-    found = []
-    for name, size, parallel in [
-        ("one", 1, ParallelConfig()),
-        ("cp 2, ep 2", 2, ParallelConfig(cp=2, ep=2)),
-        ("dp 2, zero 3", 2, ParallelConfig(zero_stage=3)),
-        ("cp 2, dp 2, zero 3", 4, ParallelConfig(cp=2, zero_stage=3)),
+    (one,) = run_world(read_in_a_run, 1, reading_config(images, ParallelConfig()), tmp_path / "1")
+    answers, logits, rows = one
+    assert len(answers) == 4
+    assert len({text for _, text in answers}) > 1
+    for size, parallel in [
+        (2, ParallelConfig(cp=2, ep=2)),
+        (4, ParallelConfig(cp=2, zero_stage=3)),
     ]:
         config = reading_config(images, parallel)
-        results = run_world(read_in_a_run, size, config, tmp_path / name)
-        assert all(answers == results[0][0] for answers, _ in results)
-        found.append(results[0])
-    for answers, rows in found:
-        assert answers == found[0][0]
-        scored = [row for row in rows if "reading/text/anls" in row]
-        assert [row["step"] for row in scored] == [1, 2]
-        assert all(0 <= row["reading/text/exact_match"] <= 1 for row in scored)
-    assert len(found[0][0]) == 5
-    assert len({text for _, text in found[0][0]}) > 1
+        for found in run_world(read_in_a_run, size, config, tmp_path / f"{size}"):
+            assert found[0] == answers
+            torch.testing.assert_close(found[1], logits, rtol=1e-5, atol=1e-5)
+    scored = [row for row in rows if "reading/text/anls" in row]
+    assert [row["step"] for row in scored] == [1]
+    assert all(0 <= row["reading/text/exact_match"] <= 1 for row in scored)
+    examples = read_examples(tmp_path / "4")
+    assert [(row["step"], row["source"]) for row in examples] == [(1, "text")] * 2
+    assert examples[0]["truths"][0].startswith("it is ")
+    for row in examples:
+        assert row["right"] == (row["answer"].strip() in row["truths"])
+        for name in row["images"]:
+            assert Image.open(tmp_path / "4" / "reading" / name).size[0] >= 20
+
+
+def test_bad_keys_are_named(images: Path, tiny_data: Path) -> None:
+    for changes, message in [
+        ({"every_steps": 0}, "evaluation.reading.every_steps=0"),
+        ({"sources": ["none"]}, "evaluation.reading.sources=none: data.sources has text"),
+        ({"max_documents": 0}, "evaluation.reading.max_documents=0"),
+        ({"max_answer_tokens": 0}, "evaluation.reading.max_answer_tokens=0"),
+        ({"examples": -1}, "evaluation.reading.examples=-1"),
+    ]:
+        config = seeing_config(images)
+        config.evaluation.reading = ReadingConfig(**changes)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            check_config(config, 1)
+    with pytest.raises(ValueError, match=r"no source of data\.sources holds conversations"):
+        open_splits(tiny_config(tiny_data).data.sources, [], 1000)

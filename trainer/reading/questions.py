@@ -10,24 +10,18 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+from fulmen.data.image_encoding import HEADERS
 from fulmen.data.image_shards import CHOSEN, IMAGES, StoredImage
 from fulmen.data.images import ImageError, ImageLimits, decode_image
 from fulmen.data.shards import PreparedSplit
 from fulmen.trainer.prompt_images import Picture
+from fulmen.trainer.reading.prompts import Prompt
 
 EXTRA_TOKENS = 8
 """That an answer may have more than the stored one."""
 # What prepare_images let pass is good.
 _LIMITS = ImageLimits(max_pixels=2**62, max_aspect_ratio=float("inf"))
 log = logging.getLogger("fulmen")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a model reads before it answers."""
-
-    ids: list[int]
-    pictures: tuple[Picture, ...]
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,7 @@ def _of_document(split: PreparedSplit, tokenizer: Tokenizer, number: int) -> Ite
         if seen and answer:
             yield Question(
                 f"{number}-{start}",
-                _show(ids[asked_from:start], tokenizer, special),
+                _show(ids[asked_from:start], asked_from, stored, tokenizer, special),
                 (tokenizer.decode(answer, skip_special_tokens=False),),
                 len(answer) + EXTRA_TOKENS,
                 stops,
@@ -109,14 +103,24 @@ def _of_document(split: PreparedSplit, tokenizer: Tokenizer, number: int) -> Ite
         asked_from = stop
 
 
-def _show(ids: Sequence[int], tokenizer: Tokenizer, special: dict[str, int]) -> str:
-    """The text of a turn, each image of it as one placeholder."""
-    kept = [
+def _show(
+    ids: Sequence[int],
+    first: int,
+    images: Sequence[StoredImage],
+    tokenizer: Tokenizer,
+    special: dict[str, int],
+) -> str:
+    """What tokens from place `first` of a document say, each image as one `<image>`."""
+    starts = {image.first for image in images}
+    shown = [
         token
-        for before, token in zip([-1, *ids], ids, strict=False)
-        if token != special["image"] or before != token
+        for place, token in enumerate(ids, first)
+        if token != special["image"] or place in starts
     ]
-    return tokenizer.decode(kept, skip_special_tokens=False).strip()
+    text: str = tokenizer.decode(shown, skip_special_tokens=False)
+    for header in HEADERS.values():
+        text = text.replace(f"{tokenizer.id_to_token(special['begin_turn'])}{header}", "")
+    return text.replace(tokenizer.id_to_token(special["end_turn"]), "").strip()
 
 
 def _read_prompt(ids: list[int], images: Sequence[StoredImage]) -> Prompt:
