@@ -88,9 +88,10 @@ class Reader:
         for piece in pieces:
             wanted = max(0, piece.end - max(first, piece.start))
             # The head is called each time, for its weights may have to be gathered by all ranks.
-            seen = images and images.inputs(
-                self._part(piece), self.device, with_tiles=cache.patches is None
-            )
+            seen = None
+            if images is not None:
+                is_first = cache.patches is None
+                seen = images.inputs(self._part(piece), self.device, with_tiles=is_first)
             logits.append(self._pass(ids, piece, cache, num_logits=wanted, images=seen))
         self._idle(passes - len(pieces), seen=cache.patches)
         return torch.cat(logits, dim=1)[0], cache

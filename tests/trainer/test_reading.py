@@ -25,10 +25,11 @@ from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.prefill import Reader
 from fulmen.trainer.prompt_images import PromptImages
+from fulmen.trainer.reading.answers import answer_texts
 from fulmen.trainer.reading.config import ReadingConfig
 from fulmen.trainer.reading.examples import read_examples
-from fulmen.trainer.reading.in_loop import answer_texts, open_splits, tokenizer_of
-from fulmen.trainer.reading.questions import Question, stored_questions
+from fulmen.trainer.reading.questions import Question
+from fulmen.trainer.reading.sources import held_out_questions, open_splits
 
 TILE = 28
 
@@ -38,13 +39,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_conversations(tmp_path_factory.mktemp("conversations"), answer="it is {}")
 
 
-def open_split(images: Path) -> PreparedSplit:
-    return PreparedSplit(images, "valid", name="text", vocab_size=1000)
-
-
-def ask(split: PreparedSplit, **limits: int) -> list[Question]:
-    limits = {"max_documents": 100, "max_answer_tokens": 40} | limits
-    return stored_questions(split, tokenizer_of(split), **limits)
+def ask(images: Path, *, max_documents: int = 100, max_answer_tokens: int = 40) -> list[Question]:
+    config = seeing_config(images)
+    _, questions = held_out_questions(
+        config.data.sources,
+        [],
+        config.model,
+        max_documents=max_documents,
+        max_answer_tokens=max_answer_tokens,
+    )
+    return questions["text"]
 
 
 def read_last(reader: Reader, question: Question, *, passes: int = 0) -> Tensor:
@@ -56,8 +60,7 @@ def read_last(reader: Reader, question: Question, *, passes: int = 0) -> Tensor:
 
 
 def test_questions_of_held_out_documents(images: Path) -> None:
-    split = open_split(images)
-    questions = ask(split)
+    questions = ask(images)
     assert len(questions) > 5
     for question in questions:
         number = int(question.text.split("what is ")[1].split()[0])
@@ -66,8 +69,9 @@ def test_questions_of_held_out_documents(images: Path) -> None:
         prompt = question.make_prompt()
         assert len(prompt.pictures) == number % 4 > 0
         assert all(prompt.ids[picture.first] == 1 for picture in prompt.pictures)
-    assert len(ask(split, max_documents=3)) == 3
-    assert ask(split, max_answer_tokens=2) == []
+    assert len(ask(images, max_documents=3)) == 3
+    with pytest.raises(ValueError, match="answer of max_answer_tokens=2 or fewer"):
+        ask(images, max_answer_tokens=2)
 
 
 def test_pieces_equal_the_packed_pass(images: Path, one_rank: torch.device) -> None:
@@ -75,8 +79,9 @@ def test_pieces_equal_the_packed_pass(images: Path, one_rank: torch.device) -> N
     model = build_model(config.model, MoEConfig())
     init_model(model, config.model, seed=1)
     model.requires_grad_(False).eval()
-    split, mesh = open_split(images), build_mesh(ParallelConfig(), one_rank)
-    questions = {tuple(question.make_prompt().ids): question for question in ask(split)}
+    split = PreparedSplit(images, "valid", name="text", vocab_size=1000)
+    mesh = build_mesh(ParallelConfig(), one_rank)
+    questions = {tuple(question.make_prompt().ids): question for question in ask(images)}
     compared = 0
     for batch in evaluation_batches(
         split, seq_len=256, micro_batch_tokens=256, max_tokens=10_000, dp_rank=0, dp_size=1
@@ -115,7 +120,7 @@ def read_in_a_run(
     assert reading is not None
     questions = reading.questions["text"]
     trainer.model.eval()
-    answered = answer_texts(reading.reader, questions, reading.tokenizer, mesh)
+    answered = list(answer_texts(reading.reader, questions, reading.tokenizer, mesh))
     # Rows read different questions at a time, in different numbers of pieces.
     reader = Reader(trainer.model, chunk_tokens=10, mesh=mesh)
     turned = questions[mesh.dp_rank :] + questions[: mesh.dp_rank]
@@ -123,7 +128,7 @@ def read_in_a_run(
     trainer.model.train()
     trainer.fit()
     trainer.close()
-    answers = [(question.name, text) for question, text in answered]
+    answers = [(answer.question.name, answer.text) for answer in answered]
     return answers, logits.roll(mesh.dp_rank, 0), read_metrics(folder / "metrics.jsonl")
 
 
@@ -165,5 +170,5 @@ def test_bad_keys_are_named(images: Path, tiny_data: Path) -> None:
         config.evaluation.reading = ReadingConfig(**changes)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=message):
             check_config(config, 1)
-    with pytest.raises(ValueError, match=r"no source of data\.sources holds conversations"):
+    with pytest.raises(ValueError, match=r"no source of data\.sources holds out conversations"):
         open_splits(tiny_config(tiny_data).data.sources, [], 1000)

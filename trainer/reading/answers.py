@@ -1,16 +1,44 @@
 """Greedy answers to questions about images, on one process or over the ranks of a mesh."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer
 
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.progress import phase
 from fulmen.trainer.prefill import Reader
 from fulmen.trainer.prompt_images import PromptImages
 from fulmen.trainer.reading.questions import Question
+from fulmen.trainer.reading.scores import score
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to a question."""
+
+    question: Question
+    text: str
+    """Special tokens included: they make an answer wrong."""
+    scores: dict[str, float]
+
+
+def answer_texts(
+    reader: Reader, questions: Iterable[Question], tokenizer: Tokenizer, mesh: Mesh | None = None
+) -> Iterator[Answer]:
+    """Each question with its answer in words; all ranks call it with equal questions."""
+    for question, ids in answer_all(reader, questions, mesh):
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        yield Answer(question, text, score(text, question.truths, question.options))
+
+
+def mean_scores(scores: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The mean of each score; there is one answer at least."""
+    rows = list(scores)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def answer_all(

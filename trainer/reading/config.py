@@ -3,6 +3,10 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+READING = "reading"
+"""The task of reading held-out documents; others are benchmarks, on files of their own."""
+IMAGE_TASKS = (READING, "docvqa", "ai2d")
+
 
 @dataclass
 class ReadingConfig:

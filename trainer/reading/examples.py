@@ -5,9 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fulmen.trainer.reading.questions import Question
+if TYPE_CHECKING:
+    from fulmen.trainer.reading.answers import Answer
 
 FOLDER, FILE = "reading", "examples.jsonl"
 MAX_SIDE = 360
@@ -28,12 +29,7 @@ class Example:
     """Files in the same folder."""
 
 
-def keep_examples(
-    output: Path,
-    step: int,
-    source: str,
-    answered: Sequence[tuple[Question, str, bool]],
-) -> None:
+def keep_examples(output: Path, step: int, source: str, answers: "Sequence[Answer]") -> None:
     """Write some questions with answers into `output`/reading.
 
     Those of the source from this step on are replaced: a resumed run does that work again.
@@ -43,15 +39,23 @@ def keep_examples(
     rows: list[dict[str, Any]] = [
         row for row in read_examples(output) if row["source"] != source or row["step"] < step
     ]
-    for question, answer, right in answered:
-        names = []
+    for answer in answers:
+        question, names = answer.question, []
         for number, picture in enumerate(question.make_prompt().pictures):
             name = re.sub(r"[^\w.-]", "_", f"{source}-{question.name}-{number}.png")
             small = picture.image.copy()
             small.thumbnail((MAX_SIDE, MAX_SIDE))
             small.save(folder / name)
             names.append(name)
-        kept = Example(step, source, question.text, answer, question.truths, right, tuple(names))
+        kept = Example(
+            step,
+            source,
+            question.text,
+            answer.text,
+            question.truths,
+            bool(answer.scores["exact_match"]),
+            tuple(names),
+        )
         rows.append(asdict(kept))
     draft = folder / f".{FILE}.tmp"
     draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

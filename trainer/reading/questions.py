@@ -33,13 +33,15 @@ class Question:
     text: str
     """What is asked, for people."""
     truths: tuple[str, ...]
-    """Answers that are right."""
+    """Answers that are right; one letter where there are options."""
     max_new_tokens: int
     """Of an answer, with its end."""
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
     make_prompt: Callable[[], Prompt]
     """Decodes the images, so only who reads it calls it."""
+    options: tuple[str, ...] = ()
+    """What may be chosen as A, B, ...; none for free answers."""
 
 
 def stored_questions(
@@ -118,9 +120,10 @@ def _show(
         if token != special["image"] or place in starts
     ]
     text: str = tokenizer.decode(shown, skip_special_tokens=False)
+    begin, end = (str(tokenizer.id_to_token(special[key])) for key in ("begin_turn", "end_turn"))
     for header in HEADERS.values():
-        text = text.replace(f"{tokenizer.id_to_token(special['begin_turn'])}{header}", "")
-    return text.replace(tokenizer.id_to_token(special["end_turn"]), "").strip()
+        text = text.replace(begin + header, "")
+    return text.replace(end, "").strip()
 
 
 def _read_prompt(ids: list[int], images: Sequence[StoredImage]) -> Prompt:

@@ -1,9 +1,29 @@
 """How an answer compares to those that are accepted."""
 
+import re
 from collections.abc import Sequence
 
 THRESHOLD = 0.5
 """Normalised distance from which on an answer counts as another one, not as a misread one."""
+
+
+def score(answer: str, truths: Sequence[str], options: Sequence[str] = ()) -> dict[str, float]:
+    """`exact_match`, 0 or 1, and `anls`; with options, whether the right one was chosen."""
+    if options:
+        return {"exact_match": float(chosen_option(answer, options) in truths)}
+    return {"exact_match": float(exact_match(answer, truths)), "anls": anls(answer, truths)}
+
+
+def chosen_option(answer: str, options: Sequence[str]) -> str | None:
+    """The letter of the option that an answer names, by its text or by a letter in front."""
+    words = _words(answer).lower()
+    texts = [_words(option).lower() for option in options]
+    letters = [chr(ord("A") + place) for place in range(len(options))]
+    if words in texts:
+        return letters[texts.index(words)]
+    found = re.match(r"\(?([a-z])(?:[).:,]|$)", words)
+    letter = found[1].upper() if found else None
+    return letter if letter in letters else None
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> bool:
