@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> None:
     from fulmen.trainer.long_context.evaluation import Settings, evaluate_checkpoint
     from fulmen.trainer.manifest import verify
     from fulmen.trainer.prefill import Reader
-    from fulmen.trainer.reading import evaluation as reading_evaluation
+    from fulmen.trainer.reading import evaluation as reading
 
     settings = Settings(
         tasks=retrieval_tasks(config),
@@ -92,7 +92,9 @@ def evaluate(config: EvaluateConfig) -> None:
         samples=config.samples,
         seed=config.seed,
     )
-    reading = reading_evaluation.Settings(
+    asked = reading.open_questions(
+        checkpoint,
+        tokenizer,
         tasks=[task for task in config.tasks if task in IMAGE_TASKS],
         sources=config.sources,
         data=config.data,
@@ -100,7 +102,6 @@ def evaluate(config: EvaluateConfig) -> None:
         max_answer_tokens=config.max_answer_tokens,
         instruction=config.instruction,
     )
-    asked = reading.tasks and reading_evaluation.open_questions(checkpoint, tokenizer, reading)
     dtype, mesh = getattr(torch, config.dtype), None
     try:
         if world_size == 1:
@@ -115,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if settings.tasks or settings.position_loss:
             evaluate_checkpoint(reader, checkpoint, tokenizer, output, settings, mesh)
         if asked:
-            reading_evaluation.evaluate_reading(
+            reading.evaluate_reading(
                 reader, asked, checkpoint, tokenizer, output, examples=config.examples, mesh=mesh
             )
     finally:

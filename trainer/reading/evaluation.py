@@ -1,8 +1,8 @@
 """What one checkpoint reads in images: scores, every answer, and examples to look at."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.checkpoint import STATE_FILE
 from fulmen.trainer.prefill import Reader
 from fulmen.trainer.reading.answers import Answer, answer_texts, mean_scores
-from fulmen.trainer.reading.benchmarks import BENCHMARKS, benchmark_questions, list_data
+from fulmen.trainer.reading.benchmarks import benchmark_questions, list_data
 from fulmen.trainer.reading.cards import picture_cards
 from fulmen.trainer.reading.config import READING
 from fulmen.trainer.reading.examples import FOLDER, keep_examples
@@ -30,56 +30,64 @@ from fulmen.trainer.weights import load_model_config, load_run_config
 RESULTS = "reading.json"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is asked, and how."""
-
-    tasks: list[str]
-    """reading and names of BENCHMARKS."""
-    sources: list[str] = field(default_factory=list)
-    """For reading; none = all that hold out conversations about images."""
-    data: Any = None
-    """Files of the benchmark."""
-    max_documents: int | None = None
-    """Of each source, or records of the benchmark; None = all."""
-    max_answer_tokens: int = 32
-    instruction: str | None = None
-    """Behind a benchmark's question; None = the usual one."""
-
-
 def open_questions(
-    checkpoint: Path, tokenizer_file: Path, settings: Settings
+    checkpoint: Path,
+    tokenizer_file: Path,
+    *,
+    tasks: Sequence[str],
+    sources: Sequence[str],
+    data: Any,
+    max_documents: int | None,
+    max_answer_tokens: int,
+    instruction: str | None,
 ) -> dict[str, Iterable[Question]]:
-    """Questions by row of the results; ValueError for what can be told to fail without a model."""
+    """Questions by row of the results; ValueError for what can be told to fail without a model.
+
+    Args:
+        checkpoint: of the model, whose tower and sources count.
+        tokenizer_file: its tokenizer.json.
+        tasks: reading, and names of BENCHMARKS.
+        sources: for reading; none = all that hold out conversations about images.
+        data: files of the benchmark.
+        max_documents: of each source, or records of the benchmark; None = all.
+        max_answer_tokens: longer stored answers are left out, those to a benchmark are cut.
+        instruction: line behind a benchmark's question; None = the usual one.
+    """
+    if not tasks:
+        return {}
     model = load_model_config(checkpoint)
     if model.vision is None:
-        raise ValueError(f"tasks={settings.tasks[0]}: the model of {checkpoint} has no eyes")
-    asked: dict[str, Iterable[Question]] = {}
+        raise ValueError(f"tasks={tasks[0]}: the model of {checkpoint} has no eyes")
     maker = PromptMaker.open(tokenizer_file, model.vision)
-    if READING in settings.tasks:
+    asked: dict[str, Iterable[Question]] = {}
+    if READING in tasks:
         given = OmegaConf.select(load_run_config(checkpoint), "data.sources") or {}
-        sources = {str(name): SourceConfig(path=source.path) for name, source in given.items()}
-        for name in settings.sources:
-            if name not in sources:
-                raise ValueError(f"sources={name}: the run has {', '.join(sources)}")
+        known = {str(name): SourceConfig(path=source.path) for name, source in given.items()}
+        for name in sources:
+            if name not in known:
+                raise ValueError(f"sources={name}: the run has {', '.join(known)}")
         _, stored = held_out_questions(
+            known,
             sources,
-            settings.sources,
             model,
-            max_documents=settings.max_documents,
-            max_answer_tokens=settings.max_answer_tokens,
+            max_documents=max_documents,
+            max_answer_tokens=max_answer_tokens,
         )
         asked |= {f"{READING}/{name}": questions for name, questions in stored.items()}
-    for name in BENCHMARKS:
-        if name in settings.tasks:
-            asked[name] = benchmark_questions(
-                name,
-                list_data(settings.data),
-                maker,
-                max_records=settings.max_documents,
-                max_new_tokens=settings.max_answer_tokens,
-                instruction=settings.instruction,
-            )
+    for name in (task for task in tasks if task != READING):
+        questions = benchmark_questions(
+            name,
+            list_data(data),
+            maker,
+            max_records=max_documents,
+            max_new_tokens=max_answer_tokens,
+            instruction=instruction,
+        )
+        first = next(questions, None)
+        if first is None:
+            raise ValueError(f"data={data}: holds no record")
+        first.make_prompt()  # what is wrong with all records is told now
+        asked[name] = chain([first], questions)
     return asked
 
 
@@ -109,8 +117,6 @@ def evaluate_reading(
             lines.append(facts | {"truths": question.truths} | answer.scores)
             if len(kept) < examples:
                 kept.append(answer)
-        if not scores:
-            raise ValueError(f"data: no record for {name}")
         row = {"questions": len(scores)} | mean_scores(scores)
         anls = f"{row['anls']:.1%}" if "anls" in row else ""
         table.add_row(name, f"{len(scores)}", f"{row['exact_match']:.1%}", anls)
