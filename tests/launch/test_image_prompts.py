@@ -14,6 +14,9 @@ from support.worlds import run_world
 from fulmen.launch.evaluate import EvaluateConfig, evaluate
 from fulmen.launch.generate import GenerateConfig, quote_prompt, sample
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.metrics import read_metrics
+from fulmen.trainer.reading.config import ReadingConfig
+from fulmen.trainer.reading.examples import read_examples
 from fulmen.trainer.run import run
 
 
@@ -26,10 +29,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run with a checkpoint."""
     folder = tmp_path_factory.mktemp("seeing")
     config = seeing_config(write_conversations(folder, answer="it is {}"))
-    config.run_root, config.run_id, config.trainer.max_steps = str(folder), "trained", 1
+    config.run_root, config.run_id, config.trainer.max_steps = str(folder), "trained", 2
+    config.evaluation.reading = ReadingConfig(every_steps=1, max_documents=2, examples=1)
     (run_dir,) = run_world(train, 1, config)
     assert isinstance(run_dir, Path)
     return run_dir
+
+
+def test_reading_in_the_loop(trained: Path) -> None:
+    rows = [row for row in read_metrics(trained / "metrics.jsonl") if "reading/text/anls" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 <= row["reading/text/exact_match"] <= 1 for row in rows)
+    assert [row["step"] for row in read_examples(trained)] == [1, 2]
+    page = (trained / "report.html").read_text()
+    assert "Read in images: text, step 2" in page
+    assert "data:image/png;base64," in page
 
 
 def test_generation_from_an_image(

@@ -2,7 +2,6 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,10 +21,8 @@ from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import RunConfig, check_config
 from fulmen.trainer.inputs import model_inputs
 from fulmen.trainer.loop import Trainer
-from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.prefill import Reader
 from fulmen.trainer.prompt_images import PromptImages
-from fulmen.trainer.reading.answers import answer_texts
 from fulmen.trainer.reading.config import ReadingConfig
 from fulmen.trainer.reading.examples import read_examples
 from fulmen.trainer.reading.questions import Question
@@ -101,61 +98,46 @@ def test_pieces_equal_the_packed_pass(images: Path, one_rank: torch.device) -> N
     assert compared == len(questions)
 
 
-def reading_config(images: Path, parallel: ParallelConfig) -> RunConfig:
-    config = seeing_config(images)
-    config.parallel = parallel
-    config.trainer.max_steps = 1
-    config.evaluation.reading = ReadingConfig(every_steps=1, max_documents=4, examples=2)
-    return config
-
-
-def read_in_a_run(
+def read_on_mesh(
     device: torch.device, config: RunConfig, folder: Path
-) -> tuple[list[tuple[str, str]], Tensor, list[dict[str, Any]]]:
-    """Answers and logits before the first step, and what the run logged."""
-    folder.mkdir(exist_ok=True, parents=True)
+) -> tuple[dict[str, float], Tensor]:
+    """Scores of initial weights, and logits behind each question."""
+    folder.mkdir(exist_ok=True)
     mesh = build_mesh(config.parallel, device)
     trainer = Trainer(config, mesh, folder)
     reading = trainer.reading
     assert reading is not None
-    questions = reading.questions["text"]
-    trainer.model.eval()
-    answered = list(answer_texts(reading.reader, questions, reading.tokenizer, mesh))
+    scores = reading.scores(step=7)
     # Rows read different questions at a time, in different numbers of pieces.
-    reader = Reader(trainer.model, chunk_tokens=10, mesh=mesh)
+    trainer.model.eval()
+    reader = Reader(trainer.model, chunk_tokens=16, mesh=mesh)
+    questions = reading.questions["text"]
     turned = questions[mesh.dp_rank :] + questions[: mesh.dp_rank]
-    logits = torch.stack([read_last(reader, question, passes=20) for question in turned])
-    trainer.model.train()
-    trainer.fit()
+    passes = 1 + max(reader.passes(len(one.make_prompt().ids), num_logits=1) for one in questions)
+    logits = torch.stack([read_last(reader, question, passes=passes) for question in turned])
     trainer.close()
-    answers = [(answer.question.name, answer.text) for answer in answered]
-    return answers, logits.roll(mesh.dp_rank, 0), read_metrics(folder / "metrics.jsonl")
+    return scores, logits.roll(mesh.dp_rank, 0)
 
 
 @pytest.mark.slow
-def test_in_the_loop_on_any_mesh(images: Path, tmp_path: Path) -> None:
-    (one,) = run_world(read_in_a_run, 1, reading_config(images, ParallelConfig()), tmp_path / "1")
-    answers, logits, rows = one
-    assert len(answers) == 4
-    assert len({text for _, text in answers}) > 1
-    for size, parallel in [
-        (2, ParallelConfig(cp=2, ep=2)),
-        (4, ParallelConfig(cp=2, zero_stage=3)),
-    ]:
-        config = reading_config(images, parallel)
-        for found in run_world(read_in_a_run, size, config, tmp_path / f"{size}"):
-            assert found[0] == answers
-            torch.testing.assert_close(found[1], logits, rtol=1e-5, atol=1e-5)
-    scored = [row for row in rows if "reading/text/anls" in row]
-    assert [row["step"] for row in scored] == [1]
-    assert all(0 <= row["reading/text/exact_match"] <= 1 for row in scored)
-    examples = read_examples(tmp_path / "4")
-    assert [(row["step"], row["source"]) for row in examples] == [(1, "text")] * 2
-    assert examples[0]["truths"][0].startswith("it is ")
+def test_equal_on_any_mesh(images: Path, tmp_path: Path, one_rank: torch.device) -> None:
+    config = seeing_config(images)
+    config.evaluation.reading = ReadingConfig(every_steps=1, max_documents=3, examples=3)
+    scores, logits = read_on_mesh(one_rank, config, tmp_path / "one")
+    assert scores.keys() == {"reading/text/exact_match", "reading/text/anls"}
+    config.parallel = ParallelConfig(cp=2, ep=2, zero_stage=3)
+    for found in run_world(read_on_mesh, 4, config, tmp_path / "four"):
+        assert found[0] == scores
+        torch.testing.assert_close(found[1], logits, rtol=1e-5, atol=1e-5)
+    examples = read_examples(tmp_path / "one")
+    assert examples == read_examples(tmp_path / "four")
+    assert [(row["step"], row["source"]) for row in examples] == [(7, "text")] * 3
+    assert len({row["answer"] for row in examples}) > 1
     for row in examples:
+        assert row["truths"][0].startswith("it is ")
         assert row["right"] == (row["answer"].strip() in row["truths"])
         for name in row["images"]:
-            assert Image.open(tmp_path / "4" / "reading" / name).size[0] >= 20
+            assert Image.open(tmp_path / "four" / "reading" / name).size[0] >= 20
 
 
 def test_bad_keys_are_named(images: Path, tiny_data: Path) -> None:
