@@ -61,7 +61,7 @@ def test_generation_from_an_image(
     assert answer.startswith(f"[{path}]\n<image>what is it?\n")
     assert said(chunk_tokens=5) == answer
     assert said(chat=False) != answer
-    assert said(resolution="fixed")
+    assert said(resolution="fixed", dtype="bfloat16")
     assert said(images=[], prompt="what is it?", chat=True)
     path.write_bytes(encoded(picture(90, 30))[:200])
     for changes, message in [
