@@ -15,6 +15,7 @@ from fulmen.models.config import ModelConfig, MoEConfig, check_model
 from fulmen.parallel.config import POLICIES, ParallelConfig, check_experts, check_parallel
 from fulmen.trainer.long_context.config import LongContextConfig, check_tasks
 from fulmen.trainer.metrics import LogConfig
+from fulmen.trainer.reading.config import ReadingConfig, check_reading
 
 Schema = TypeVar("Schema")
 
@@ -130,7 +131,7 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The `evaluation` group: loss on held-out documents of each source, and long texts."""
+    """The `evaluation` group: loss on held-out documents, long texts, and images to read."""
 
     every_steps: int | None = None
     """Steps between evaluations, and one at the end of the run; null = none at all."""
@@ -138,6 +139,8 @@ class EvaluationConfig:
     """Held-out tokens per source and evaluation."""
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
     """Retrieval from long texts."""
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
+    """Questions about held-out images."""
 
 
 @dataclass
@@ -250,6 +253,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     long = config.evaluation.long_context
     key = "evaluation.long_context."
     check_tasks(long.tasks, long.lengths, long.depths, long.samples, key)
+    check_reading(config.evaluation.reading, config.data.sources)
 
 
 def _check_memory(trainer: TrainerConfig) -> None:

@@ -31,6 +31,7 @@ from fulmen.trainer.long_context.in_loop import LongContext
 from fulmen.trainer.manifest import CheckpointError
 from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
 from fulmen.trainer.optim import MOMENTS, Optimizer
+from fulmen.trainer.reading.in_loop import Reading
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
 from fulmen.trainer.stages import list_shares, run_tokens, shares_at
@@ -83,6 +84,7 @@ class Trainer:
         self.loader = self._open_loader(self._resume())
         self.held_out = self._open_held_out()
         self.long_context = LongContext.open(config, self.model, mesh)
+        self.reading = Reading.open(config, self.model, mesh, run_dir)
         self._throughput = Throughput(
             config.model,
             seq_len=config.data.seq_len,
@@ -133,6 +135,10 @@ class Trainer:
                 if self.long_context and (self._is_due(self.long_context.every) or ends):
                     phase("long texts")
                     metrics.log_scores(self.step, self.tokens, self.long_context.scores())
+                    self._throughput.restart()
+                if self.reading and (self._is_due(self.reading.every) or ends):
+                    phase("reading")
+                    metrics.log_scores(self.step, self.tokens, self.reading.scores(self.step))
                     self._throughput.restart()
                 if self._is_due(config.checkpoint.every_steps) or ends:
                     phase("checkpoint")

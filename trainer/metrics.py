@@ -67,7 +67,7 @@ class Sink(Protocol):
         """Take the losses of an evaluation, by source."""
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
-        """Take accuracies on long texts, by task and length."""
+        """Take scores of long texts and of images, 0 to 1, by name."""
 
     def close(self, *, failed: bool) -> None:
         """Write out what is still held; `failed` says that the run ends by an exception."""
@@ -122,7 +122,7 @@ class MetricsLogger:
         self._to_others(lambda sink: sink.log_eval(step, tokens, losses))
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
-        """Log accuracies on long texts after `step`, named `TASK/LENGTH`."""
+        """Log scores after `step`: `TASK/LENGTH` of long texts, `reading/SOURCE/NAME` of images."""
         self._jsonl.log_scores(step, tokens, scores)
         self._to_others(lambda sink: sink.log_scores(step, tokens, scores))
 
@@ -299,7 +299,7 @@ def chart_losses(losses: Mapping[str, float]) -> dict[str, float]:
 
 
 def chart_scores(scores: Mapping[str, float]) -> dict[str, float]:
-    """Accuracies on long texts under the names that wandb and TensorBoard show."""
+    """Scores under the names that wandb and TensorBoard show."""
     return {f"eval/{name}": accuracy for name, accuracy in scores.items()}
 
 
