@@ -231,7 +231,7 @@ def _show_assumptions(assumptions: dict[str, float], console: Console) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_hydra(plan, "plan", PlanConfig, not_needed=("data.sources.",))
+    run_hydra(plan, "plan", PlanConfig, not_needed=("data.sources.", "evaluation.zero_shot."))
 
 
 if __name__ == "__main__":
