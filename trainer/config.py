@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -17,6 +18,8 @@ from fulmen.trainer.long_context.config import LongContextConfig, check_tasks
 from fulmen.trainer.metrics import LogConfig
 
 Schema = TypeVar("Schema")
+OBJECTIVES = ("language_modelling",)
+"""Values of `objective`; trainer/objective.py."""
 
 
 @dataclass
@@ -144,6 +147,8 @@ class EvaluationConfig:
 class StageConfig:
     """One stage of `stages`; what is null or empty in it is as in the run's own keys."""
 
+    objective: str | None = None
+    """In place of the run's objective."""
     tokens: int | None = None
     """Trained tokens; null = the sum of the phases of the stage's schedule."""
     seq_len: int | None = None
@@ -184,6 +189,8 @@ class RunConfig:
     """Folder of all runs; this one's is run_root/recipe/run_id."""
     run_id: str | None = None
     """Name of the run; null = the SLURM job's id, or the date and time."""
+    objective: str = "language_modelling"
+    """What is minimised: language_modelling (the next token's cross entropy)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -216,6 +223,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     check_model(config.model, config.moe)
     check_parallel(config.parallel, world_size)
     check_experts(config.parallel, config.model, world_size)
+    _check_choice("objective", config.objective, OBJECTIVES)
     _check_choice("optim.name", config.optim.name, ["adamw", "apex_fused_adam"])
     _check_choice("trainer.dtype", config.trainer.dtype, ["bfloat16", "float32"])
     checkpointing = config.trainer.activation_checkpointing
@@ -339,7 +347,7 @@ def check_groups(config: OptimConfig) -> None:
             raise ValueError(f"{key}.weight_decay={group.weight_decay}: must not be negative")
 
 
-def _check_choice(key: str, value: str, choices: list[str]) -> None:
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{key}={value}: must be one of {', '.join(choices)}")
 

@@ -116,8 +116,16 @@ def _stage(row: Row) -> str:
     return f"  {row['stage']}" if row.get("stage") else ""
 
 
-def _losses_text(losses: Mapping[str, float]) -> str:
-    return "  ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
+def _values_text(values: Mapping[str, float]) -> str:
+    """`loss web 4.100  books 4.250`, metric after metric, of values by `METRIC/SOURCE`."""
+    words, before = [], ""
+    for name, value in values.items():
+        metric, source = name.split("/", 1)
+        words.append(
+            f"{source} {value:.3f}" if metric == before else f"{metric} {source} {value:.3f}"
+        )
+        before = metric
+    return "  ".join(words)
 
 
 class PlainConsole:
@@ -138,10 +146,10 @@ class PlainConsole:
             f"  mfu {_number(row, 'mfu', '.1%')}  eta {clock(left)}"
         )
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         self._say(
             f"eval {self._text.step(step)}  tokens {self._text.tokens(tokens)}"
-            f"  loss {_losses_text(losses)}"
+            f"  {_values_text(values)}"
         )
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
@@ -192,9 +200,9 @@ class LiveConsole:
             numbers=numbers,
         )
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         self._progress.console.print(
-            f"eval {self._text.step(step).strip()}  loss {_losses_text(losses)}",
+            f"eval {self._text.step(step).strip()}  {_values_text(values)}",
             markup=False,
             highlight=False,
         )

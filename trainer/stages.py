@@ -78,6 +78,8 @@ def stage_config(config: RunConfig, index: int) -> RunConfig:
         return config
     name, stage = list(config.stages.items())[index]
     new = copy.deepcopy(config)
+    if stage.objective is not None:
+        new.objective = stage.objective
     new.parallel = _merged(new.parallel, stage.parallel, f"stages.{name}.parallel")
     new.trainer = _merged(new.trainer, stage.trainer, f"stages.{name}.trainer")
     new.optim = _merged(new.optim, stage.optim, f"stages.{name}.optim")
@@ -163,6 +165,18 @@ def list_shares(config: RunConfig) -> list[tuple[str, Shares]]:
         for name, stage in config.stages.items()
         for late in (False, True)
     ]
+
+
+def drawn_sources(config: RunConfig, index: int) -> set[str]:
+    """Sources that a stage can draw documents of."""
+    if not config.stages:
+        shares = [_of_sources(config)]
+    else:
+        stages = list(config.stages.values())
+        shares = [_shares(config, stages[index], late=late).sources for late in (False, True)]
+        if stages[index].transition_tokens:
+            shares.append(_shares(config, stages[index - 1], late=True).sources)
+    return {name for one in shares for name, share in one.items() if share > 0}
 
 
 def _shares(config: RunConfig, stage: StageConfig, *, late: bool) -> Shares:

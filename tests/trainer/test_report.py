@@ -34,7 +34,7 @@ def write_run(run_dir: Path, *, steps: int = 20, source: str = "stdlib", **chang
             "memory_gib": 2.0,
         }
         sink.log_step({**row, **changes})
-    sink.log_eval(steps, 1000 * steps, {source: 7.125})
+    sink.log_eval(steps, 1000 * steps, {f"loss/{source}": 7.125})
     sink.close(failed=False)
 
 
@@ -186,7 +186,7 @@ def test_stages_and_accounts_have_their_places(tmp_path: Path) -> None:
         row = {"step": step, "tokens": 1000 * step, "loss": 5.0, "stage": stage}
         account = {"tokens/books/long": 700 * step, "tokens/qa/short": 300 * step}
         sink.log_step({**row, "seq_len": seq_len, **account})
-    sink.log_eval(3, 3000, {"books": 4.0})
+    sink.log_eval(3, 3000, {"loss/books": 4.0})
     sink.close(failed=False)
     page = Page(write_report(tmp_path).read_text())
     text = "\n".join(page.texts)
