@@ -76,33 +76,25 @@ class _ByDocument(torch.autograd.Function):
 class PreferenceLoss(NamedTuple):
     """Sums over pairs; all but the first are without gradients."""
 
-    loss_sum: Tensor
-    num_right: Tensor
-    """Pairs whose chosen answer has the higher reward."""
-    margin_sum: Tensor
-    """Of the chosen rewards less the rejected ones."""
-    chosen_reward_sum: Tensor
-    """beta times by how much the answer is likelier than to the reference."""
-    rejected_reward_sum: Tensor
+    loss: Tensor
+    reward_margin: Tensor
+    """By how much the chosen answer's reward, beta times its log-ratio, is above the other's."""
+    reward_accuracy: Tensor
+    """1 for each pair whose margin is above 0."""
+    chosen_log_ratio: Tensor
+    """By how much the answer's log-probability is above the reference's, in nats."""
+    rejected_log_ratio: Tensor
 
 
-def preference_loss(
-    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0
-) -> PreferenceLoss:
+def preference_loss(policy: Tensor, reference: Tensor, *, beta: float) -> PreferenceLoss:
     """`-log sigmoid(beta ((pc - rc) - (pr - rr)))`, summed over pairs.
 
     Args:
         policy: `[pairs, 2]` log-probabilities of the chosen and the rejected answers.
         reference: the same of the reference, without gradients.
-        label_smoothing: share of pairs taken to be the wrong way round.
     """
-    rewards = beta * (policy - reference.detach())
-    margins = rewards[:, 0] - rewards[:, 1]
-    losses = -functional.logsigmoid(margins)
-    if label_smoothing:
-        wrong = -functional.logsigmoid(-margins)
-        losses = (1 - label_smoothing) * losses + label_smoothing * wrong
-    margins, rewards = margins.detach(), rewards.detach()
-    return PreferenceLoss(
-        losses.sum(), (margins > 0).sum(), margins.sum(), rewards[:, 0].sum(), rewards[:, 1].sum()
-    )
+    log_ratios = policy - reference.detach()
+    margins = beta * (log_ratios[:, 0] - log_ratios[:, 1])
+    loss = -functional.logsigmoid(margins).sum()
+    margins, sums = margins.detach(), log_ratios.detach().sum(0)
+    return PreferenceLoss(loss, margins.sum(), (margins > 0).sum(), sums[0], sums[1])

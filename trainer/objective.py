@@ -43,10 +43,18 @@ class Objective(ABC):
         """`config` is the stage's, `train` the sources that it can draw.
 
         `held_out` are the held-out splits of all sources, or none if nothing is evaluated.
-        ValueError, naming the key, for sources that the objective cannot use.
         """
         self.config, self.model, self.mesh = config, model, mesh
         self.train, self.held_out = train, held_out
+
+    @classmethod  # noqa: B027
+    def check_sources(
+        cls, train: Sequence[PreparedSplit], held_out: Mapping[str, PreparedSplit]
+    ) -> None:
+        """`ValueError`, naming the key, for sources of a stage that the objective cannot use.
+
+        Called at the start of a run, for all of its stages.
+        """
 
     def prepare(self, folder: Path, start: str) -> None:  # noqa: B027  most have nothing to do
         """Do what has to be done before the stage's first step, or find that it was done.
