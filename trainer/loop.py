@@ -104,7 +104,9 @@ class Trainer:
             return
         with self._open_metrics() as metrics:
             (self.run_dir / DONE).unlink(missing_ok=True)  # of a run that now goes on for longer
-            self.objective.prepare(self.run_dir / "objective" / self.stage.name, self._weights)
+            self.objective.prepare(
+                self.run_dir / self.config.objective / self.stage.name, self._weights
+            )
             self._throughput.restart()
             while not self.stage_finished:
                 phase("data", self.step)
