@@ -135,7 +135,7 @@ class Trainer:
                     values = self.objective.evaluate()
                     metrics.log_eval(self.step, self.tokens, values)
                     if is_due:
-                        self.objective.watch(values)
+                        self.objective.watch(self.step, values)
                     self._throughput.restart()
                 ends = self.stage_finished
                 if self.long_context and (self._is_due(self.long_context.every) or ends):

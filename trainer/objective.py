@@ -86,8 +86,8 @@ class Objective(ABC):
         They are logged as `eval_METRIC/SOURCE`.
         """
 
-    def watch(self, values: Mapping[str, float]) -> None:  # noqa: B027
-        """Take what a regular evaluation gave: it may be a reason to end."""
+    def watch(self, step: int, values: Mapping[str, float]) -> None:  # noqa: B027
+        """Take what the regular evaluation after a step gave: it may be a reason to end."""
 
     @property
     def finished(self) -> bool:

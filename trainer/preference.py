@@ -35,9 +35,12 @@ class Preference(Objective):
     """
 
     _start: str | None = None
+    """The weights that the stage began with."""
     _lowest: float | None = None
+    """Held-out loss, of all regular evaluations."""
+    _lowest_step = 0
     _in_vain = 0
-    """Evaluations since the lowest held-out loss."""
+    """Evaluations since then."""
 
     @classmethod
     def check_sources(
@@ -124,20 +127,22 @@ class Preference(Objective):
             for source, values in means.items()
         }
 
-    def watch(self, values: Mapping[str, float]) -> None:
+    def watch(self, step: int, values: Mapping[str, float]) -> None:
         settings = self.config.preference
         losses = [value for name, value in values.items() if name.startswith(LOSS)]
         loss = sum(losses) / len(losses)
         if self._lowest is None or loss < self._lowest - settings.min_improvement:
-            self._lowest, self._in_vain = loss, 0
+            self._lowest, self._lowest_step, self._in_vain = loss, step, 0
             return
         self._in_vain += 1
         if self.finished:
             log.info(
-                "the held-out loss is %.4f and was %.4f %d evaluations ago: the stage ends early, "
-                "by preference.patience",
+                "the stage ends early, at step %d, with a held-out loss of %.4f: after the %.4f of "
+                "step %d, %d evaluations in turn were not lower (preference.patience)",
+                step,
                 loss,
                 self._lowest,
+                self._lowest_step,
                 self._in_vain,
             )
 
@@ -147,11 +152,17 @@ class Preference(Objective):
         return patience is not None and self._in_vain >= patience
 
     def state(self) -> dict[str, Any]:
-        return {"start": self._start, "lowest": self._lowest, "in_vain": self._in_vain}
+        return {
+            "start": self._start,
+            "lowest": self._lowest,
+            "lowest_step": self._lowest_step,
+            "in_vain": self._in_vain,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._start = state["start"]
-        self._lowest, self._in_vain = state["lowest"], state["in_vain"]
+        self._lowest, self._lowest_step = state["lowest"], state["lowest_step"]
+        self._in_vain = state["in_vain"]
 
     def _forward(self, batch: PackedBatch, split: str) -> tuple[PreferenceLoss, LossOutput]:
         policy, output = pair_log_probabilities(self.model, batch, self.mesh)

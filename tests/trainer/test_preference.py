@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.meta import LiveBytes, use_kernels_of_a_gpu
 from support.pairs import preference_config, prepare_pairs
 from support.tiny import compose_config, read_checkpoint
 from support.worlds import run_world
@@ -20,15 +21,18 @@ from fulmen.data.shards import PreparedSplit
 from fulmen.models.image_layout import place_images
 from fulmen.models.init import init_model
 from fulmen.models.preference import document_cross_entropy, preference_loss
-from fulmen.models.text import TextModel
+from fulmen.models.text import Head, TextModel
 from fulmen.models.vl import Images, build_model
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh, release_groups
 from fulmen.trainer import reference as reference_module
+from fulmen.trainer.checkpoint import STATE_FILE
 from fulmen.trainer.config import PhaseConfig, RunConfig, ScheduleConfig, StageConfig
+from fulmen.trainer.head_memory import head_bytes, head_scratch
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
-from fulmen.trainer.reference import KEY
+from fulmen.trainer.planner import GPUS, Assumptions, describe, make_plan
+from fulmen.trainer.reference import KEY, compute_reference
 from fulmen.trainer.run import give_back, open_stage
 from fulmen.trainer.stages import check_run
 
@@ -109,6 +113,37 @@ def test_losses_by_document_with_frozen_factors(frozen: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_a_plan_says_what_is_minimised() -> None:
+    config = compose_config(["recipe=text01_1b", "data.sources.corpus.path=none"])
+    plans = []
+    for objective in ("language_modelling", "preference"):
+        config.objective = objective
+        plans.append(describe(make_plan(config, 8, GPUS["h100"], Assumptions())))
+        assert plans[-1]["objective"] == plans[-1]["stages"][0]["objective"] == objective
+    text, pairs = plans
+    assert pairs["flops_per_token"] == text["flops_per_token"]
+    work = [plan["step_work_s"]["head"] for plan in plans]
+    assert work[1] == pytest.approx(4 / 3 * work[0])
+    assert pairs["memory_gib_per_rank"]["total"] >= text["memory_gib_per_rank"]["total"]
+
+
+def test_the_planner_knows_the_memory_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernels_of_a_gpu(monkeypatch)
+    tokens, hidden, vocab, longest = 4096, 512, 50_000, 3000
+    with torch.device("meta"):
+        head = Head(hidden, vocab, bias=False).to(torch.bfloat16)
+        rows = torch.empty(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(1, tokens, dtype=torch.int64)
+        losses = head(rows * 1, labels, lengths=[longest, tokens - longest])
+    head.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with LiveBytes() as live:
+        losses.sum().backward()
+    # Not seen: logits, inside of an op. Seen, as if it were new: the weight.
+    sizes = (tokens, hidden, vocab, 2)
+    predicted = head_bytes(*sizes, vocab * hidden, longest) - head_scratch(longest, *sizes[1:])
+    assert live.peak - 2 * vocab * hidden == pytest.approx(predicted, rel=0.05)
+
+
 # A step of the trainer
 
 
@@ -187,10 +222,14 @@ def test_a_step_is_that_of_the_formula(trainer: Trainer, tmp_path: Path) -> None
             gradients[name] = parameter.grad.full_tensor()
 
     trainer.optimizer.step = keep_gradients  # type: ignore[method-assign]
-    batch = next(trainer.loader)
+    # Uneven, or a mean of means would pass for the mean.
+    batch = next(b for b in trainer.loader if len({len(m.pairs) for m in b.micro_batches}) > 1)
     trainer.train_step(batch)
     row = trainer.objective.read_step()
     (train, _), pairs = trainer.loader.splits, [p for m in batch.micro_batches for p in m.pairs]
+    # Each answer sees itself and its prompt: so much attention is counted.
+    lengths = [m.cu_seqlens.diff()[: 2 * len(m.pairs)] for m in batch.micro_batches]
+    assert batch.sum_squared_lengths == sum(int((one.long() ** 2).sum()) for one in lengths)
     assert len(pairs) == batch.num_pairs == row["num_pairs"] > 4
     margins, ratios = [], []
     for pair in pairs:
@@ -250,6 +289,22 @@ def test_held_out_values_are_those_of_the_formula(trainer: Trainer, tmp_path: Pa
     assert values["chosen_log_ratio/pairs"] == pytest.approx(float(ratios[:, 0].mean()), rel=1e-5)
 
 
+def test_reference_values_do_not_depend_on_neighbours(
+    data: Path, one_rank: torch.device, tmp_path: Path
+) -> None:
+    config = preference_config(data)
+    config.moe.capacity_factor = 0.5  # in training, half of all assignments find no room
+    trainer = Trainer(config, build_mesh(config.parallel, one_rank), tmp_path)
+    found = []
+    for micro_batch_tokens in (192, 768):
+        config.trainer.micro_batch_tokens = micro_batch_tokens
+        split = trainer.held_out["pairs"]
+        found.append(compute_reference(trainer.model, split, trainer.mesh, config))
+    trainer.close()
+    assert trainer.model.training
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
 # Runs
 
 
@@ -280,6 +335,8 @@ def test_a_resumed_run_computes_no_reference_and_equals_the_undisturbed(
     ours, theirs = (read_checkpoint(one / "checkpoints" / "step_6") for one in (folder, whole))
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
+    states = [(one / "checkpoints" / "step_6" / STATE_FILE).read_text() for one in (folder, whole)]
+    assert states[0] == states[1]
     # Killed before its first checkpoint, it begins again with what is stored.
     folder = at_step(whole, tmp_path / "early", 0)
     fit(preference_config(data, max_steps=1), one_rank, folder)
