@@ -11,13 +11,13 @@ from support.tiny import tiny_config
 
 
 def prepare_pairs(folder: Path) -> Path:
-    """`folder` with two sources: 70 `pairs` with 0 to 2 pictures, and 60 texts to `talk` of.
+    """`folder` with two sources: 70 `pairs` with 0 to 2 pictures, and a `chat` of 60 texts.
 
     A fifth of each is held out.
     """
     raw = folder / "raw"
     raw.mkdir(parents=True)
-    pairs, talk = [], []
+    pairs, chat = [], []
     for number in range(70):
         names = [f"{number}-{place}.png" for place in range(number % 3)]
         for place, name in enumerate(names):
@@ -34,14 +34,14 @@ def prepare_pairs(folder: Path) -> Path:
             }
         )
         turns = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": chosen}]
-        talk.append({"messages": turns})
-    (raw / "talk").mkdir()
+        chat.append({"messages": turns})
+    (raw / "chat").mkdir()
     write_jsonl(raw / "x.jsonl", pairs)
-    write_jsonl(raw / "talk" / "x.jsonl", talk[:60])
+    write_jsonl(raw / "chat" / "x.jsonl", chat[:60])
     prepare(str(raw / "x.jsonl"), folder / "pairs", validation_fraction=0.2, max_tokens=192)
     prepare(
-        str(raw / "talk"),
-        folder / "talk",
+        str(raw / "chat"),
+        folder / "chat",
         validation_fraction=0.2,
         max_tokens=192,
         tokenizer=str(folder / "pairs"),
@@ -55,7 +55,7 @@ def preference_config(folder: Path, *, max_steps: int = 6) -> RunConfig:
     config.objective = "preference"
     config.data.sources = {
         "pairs": SourceConfig(str(folder / "pairs")),
-        "talk": SourceConfig(str(folder / "talk"), 0.0),
+        "chat": SourceConfig(str(folder / "chat"), 0.0),
     }
     config.data.seq_len, config.data.global_batch_tokens = 192, 768
     config.trainer.micro_batch_tokens = 384

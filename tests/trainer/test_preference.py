@@ -226,7 +226,7 @@ def test_a_step_is_that_of_the_formula(trainer: Trainer, tmp_path: Path) -> None
     batch = next(b for b in trainer.loader if len({len(m.pairs) for m in b.micro_batches}) > 1)
     trainer.train_step(batch)
     row = trainer.objective.read_step()
-    (train, _), pairs = trainer.loader.splits, [p for m in batch.micro_batches for p in m.pairs]
+    (_, train), pairs = trainer.loader.splits, [p for m in batch.micro_batches for p in m.pairs]
     # Each answer sees itself and its prompt: so much attention is counted.
     lengths = [m.cu_seqlens.diff()[: 2 * len(m.pairs)] for m in batch.micro_batches]
     assert batch.sum_squared_lengths == sum(int((one.long() ** 2).sum()) for one in lengths)
@@ -387,7 +387,7 @@ def chain(data: Path, run_dir: Path) -> RunConfig:
     config.evaluation.every_steps = None
     schedule = ScheduleConfig(phases=[PhaseConfig(20_000, 1.0)])
     config.stages = {
-        "talk": StageConfig(tokens=2000, weights={"talk": 1.0}, schedule=schedule),
+        "chat": StageConfig(tokens=2000, weights={"chat": 1.0}, schedule=schedule),
         "answers": StageConfig(
             objective="preference",
             weights={"pairs": 1.0},
@@ -420,17 +420,17 @@ def test_a_last_stage_on_pairs_ends_early(
     evaluated = [row["step"] for row in read if "eval_dpo_loss/pairs" in row]
     assert len(evaluated) == 2
     assert evaluated[-1] == last <= first + 4
-    assert not any("eval_loss/talk" in row for row in read)
+    assert not any("eval_loss/chat" in row for row in read)
     # What waited for a row from the first stage is no pair, and is not trained on.
     of_pairs = [row for row in read if row.get("stage") == "answers"]
-    assert len({row["tokens/talk/short"] for row in [*of_pairs, read[first - 1]]}) == 1
+    assert len({row["tokens/chat/short"] for row in [*of_pairs, read[first - 1]]}) == 1
     assert of_pairs[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
     # The reference is what the first stage has made.
     file = tmp_path / "preference" / "answers" / "pairs-train.safetensors"
     stored = reference_module.safetensors.torch.load_file(file)[KEY]
     tensors = read_checkpoint(tmp_path / "checkpoints" / f"step_{first}")
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    start, (train, _) = plain_model(config, weights), trainer.loader.splits
+    start, (_, train) = plain_model(config, weights), trainer.loader.splits
     with torch.no_grad():
         for number in (0, 1, 2, train.num_documents - 1):
             expected = answers_by_hand(start, train, number)
@@ -484,10 +484,10 @@ def test_documents_that_are_no_pairs_are_refused_before_the_first_stage(
     data: Path, one_rank: torch.device, tmp_path: Path
 ) -> None:
     config = chain(data, tmp_path)
-    config.stages["answers"].weights["talk"] = 0.1
+    config.stages["answers"].weights["chat"] = 0.1
     with pytest.raises(
         ValueError,
-        match=r"stages\.answers: data\.sources\.talk: objective=preference needs pairs, and (\d+) "
-        r"of \1 documents of .*talk \(train\) are none",
+        match=r"stages\.answers: data\.sources\.chat: objective=preference needs pairs, and (\d+) "
+        r"of \1 documents of .*chat \(train\) are none",
     ):
         open_stage(config, one_rank, tmp_path, is_first=True)
