@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fulmen.data.loader import StepBatch
 from fulmen.data.packing import PackedBatch
-from fulmen.data.shards import PreparedSplit
+from fulmen.data.shards import PreparedSplit, read_manifest
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.config import RunConfig
@@ -102,8 +102,25 @@ class Objective(ABC):
         """Go on within a stage, from a former `state()`."""
 
 
+def count_pairs(split: PreparedSplit) -> int:
+    """Documents of a split that are pairs of answers, by its folder's manifest."""
+    return int(read_manifest(split.path)["splits"][split.split].get("pairs", 0))
+
+
 class LanguageModelling(Objective):
     """Cross entropy of the next token, a mean over all labels of a step."""
+
+    @classmethod
+    def check_sources(
+        cls, train: Sequence[PreparedSplit], held_out: Mapping[str, PreparedSplit]
+    ) -> None:
+        for split in train:
+            if count_pairs(split):
+                raise ValueError(
+                    f"data.sources.{split.name}: {split.path} has pairs of answers, and "
+                    "objective=language_modelling would learn the rejected ones too: set "
+                    "objective=preference, or give the source no share of the stage"
+                )
 
     def begin_step(self, batch: StepBatch) -> None:
         self._num_labels = batch.num_labels

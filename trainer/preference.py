@@ -5,19 +5,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulmen.data.image_shards import CHOSEN
 from fulmen.data.loader import StepBatch, evaluation_batches
 from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit
 from fulmen.models.preference import PreferenceLoss, preference_loss
 from fulmen.models.text import LossOutput
 from fulmen.parallel.progress import phase
-from fulmen.trainer.objective import Objective
+from fulmen.trainer.objective import Objective, count_pairs
 from fulmen.trainer.reference import find_reference, pair_log_probabilities
 from fulmen.trainer.run_log import log
 from fulmen.trainer.step_stats import StepStats
@@ -47,16 +45,13 @@ class Preference(Objective):
         cls, train: Sequence[PreparedSplit], held_out: Mapping[str, PreparedSplit]
     ) -> None:
         for split in chain(train, (held_out[one.name] for one in train if held_out)):
-            numbers = np.arange(split.num_documents)
-            whole = numbers
-            if split.images is not None:
-                whole = np.flatnonzero(split.images.totals(*split.places(numbers))[:, CHOSEN] == 0)
-            if len(whole):
+            others = split.num_documents - count_pairs(split)
+            if others:
                 raise ValueError(
-                    f"data.sources.{split.name}: objective=preference needs pairs, and "
-                    f"{len(whole)} of {split.num_documents} documents of {split.path} "
-                    f"({split.split}) are none: prepare the source from prompt, chosen and "
-                    "rejected (docs/images.md), or give it no share of the stage"
+                    f"data.sources.{split.name}: objective=preference needs pairs, and {others} of "
+                    f"{split.num_documents} documents of {split.path} ({split.split}) are none: "
+                    "prepare the source from prompt, chosen and rejected (docs/images.md), or give "
+                    "it no share of the stage"
                 )
 
     def prepare(self, folder: Path, start: str) -> None:

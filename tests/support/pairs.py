@@ -49,7 +49,7 @@ def prepare_pairs(folder: Path) -> Path:
     return folder
 
 
-def preference_config(folder: Path, *, max_steps: int = 6) -> RunConfig:
+def preference_config(folder: Path, *, max_steps: int = 4) -> RunConfig:
     """DPO on `pairs`: two micro-batches of two rows a step."""
     config = tiny_config(folder / "pairs", max_steps=max_steps)
     config.objective = "preference"

@@ -332,10 +332,10 @@ def test_a_resumed_run_computes_no_reference_and_equals_the_undisturbed(
     folder = at_step(whole, tmp_path / "run", 2)
     fit(preference_config(data), one_rank, folder)
     assert rows(folder) == rows(whole)
-    ours, theirs = (read_checkpoint(one / "checkpoints" / "step_6") for one in (folder, whole))
+    ours, theirs = (read_checkpoint(one / "checkpoints" / "step_4") for one in (folder, whole))
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
-    states = [(one / "checkpoints" / "step_6" / STATE_FILE).read_text() for one in (folder, whole)]
+    states = [(one / "checkpoints" / "step_4" / STATE_FILE).read_text() for one in (folder, whole)]
     assert states[0] == states[1]
     # Killed before its first checkpoint, it begins again with what is stored.
     folder = at_step(whole, tmp_path / "early", 0)
@@ -367,7 +367,7 @@ def test_runs_on_other_meshes_equal_one_rank(whole: Path, data: Path, tmp_path: 
     ]
     assert stored[0] == stored[1]
     for _, folder in jobs:
-        assert len(rows(folder)) == len(rows(whole)) == 9
+        assert len(rows(folder)) == len(rows(whole)) == 6
         for row, expected in zip(rows(folder), rows(whole), strict=True):
             assert row.keys() == expected.keys()
             for key, value in expected.items():
@@ -480,9 +480,15 @@ def test_only_the_last_stage_can_end_early(data: Path, tmp_path: Path) -> None:
         check_run(config, 1)
 
 
-def test_documents_that_are_no_pairs_are_refused_before_the_first_stage(
+def test_documents_of_another_objective_are_refused_before_the_first_stage(
     data: Path, one_rank: torch.device, tmp_path: Path
 ) -> None:
+    config = chain(data, tmp_path)
+    config.stages["chat"].weights["pairs"] = 0.1
+    with pytest.raises(
+        ValueError, match=r"stages\.chat: data\.sources\.pairs: .*would learn the rejected ones too"
+    ):
+        open_stage(config, one_rank, tmp_path, is_first=True)
     config = chain(data, tmp_path)
     config.stages["answers"].weights["chat"] = 0.1
     with pytest.raises(
