@@ -196,7 +196,7 @@ class Trainer:
             "tokens": self.tokens,
             "optimizer_steps": self.optimizer.steps,
             "loader": loader_state,
-            "objective": self.objective.state(),
+            "objective": {"name": self.config.objective, **self.objective.state()},
             "stage": {
                 "name": self.stage.name,
                 "first_step": self.start.first_step,
@@ -265,6 +265,12 @@ class Trainer:
             if stage.index == self.stage.index:
                 objective = kind(self.config, self.model, self.mesh, train, held_out)
         if self.step > self.start.first_step:  # else the state is that of the stage before
+            before = state.get("name", "language_modelling")
+            if before != self.config.objective:
+                raise CheckpointError(
+                    f"objective={self.config.objective}, but {self.start.checkpoint} is from "
+                    f"within objective={before}: begin a new run from its weights, or a stage"
+                )
             objective.load_state(state)
         return objective
 

@@ -378,6 +378,17 @@ def test_runs_on_other_meshes_equal_one_rank(whole: Path, data: Path, tmp_path: 
                 assert row[key] == value, (folder, key)
 
 
+def test_an_objective_is_kept_to_the_end(
+    data: Path, one_rank: torch.device, tmp_path: Path
+) -> None:
+    config = preference_config(data, max_steps=1)
+    config.objective = "language_modelling"
+    config.data.sources["pairs"].weight, config.data.sources["chat"].weight = 0.0, 1.0
+    fit(config, one_rank, tmp_path)
+    with pytest.raises(ValueError, match=r"objective=preference, but .*step_1 is from within obj"):
+        fit(preference_config(data), one_rank, tmp_path)
+
+
 def chain(data: Path, run_dir: Path) -> RunConfig:
     """Some steps of text, then pairs; the second evaluation ends the run."""
     config = preference_config(data)
