@@ -62,7 +62,7 @@ from fulmen.models.vl import build_model
 from fulmen.parallel.zero import expert_shard_dim
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.groups import Settings, resolve_groups
-from fulmen.trainer.head_memory import head_scratch
+from fulmen.trainer.head_memory import head_bytes
 from fulmen.trainer.tower_memory import tower_activations, tower_work
 
 GIB = 2**30
@@ -436,8 +436,8 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
 
     zero = Held(units, micro_batches)
     parts, reduce = zero.parts, zero.reduce
-    scratch = head_scratch(s.T, s.h, config.model.vocab_size, s.e)
-    in_head = 2 * s.e * s.T * s.h + s.e * head.trained_whole + scratch
+    longest = config.data.seq_len if config.objective == "preference" else None
+    in_head = head_bytes(s.T, s.h, config.model.vocab_size, s.e, head.trained_whole, longest)
     yield parts(head, activations=rest + sum(layers) + on_its_way, head=in_head)
 
     reduce(head)

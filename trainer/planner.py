@@ -213,7 +213,10 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         seeing = {"vision tower": tower / matmul_rate}
     return seeing | {
         "projections": projections / matmul_rate,
-        "head": (3 - less["head"]) * flops["head"] / matmul_rate,
+        # Document by document, logits are formed forward and once more backward.
+        "head": (3 + (config.objective == "preference") - less["head"])
+        * flops["head"]
+        / matmul_rate,
         "experts": (passes.experts - less["experts"])
         * flops["experts"]
         / (peak * assume.grouped_share),
@@ -473,6 +476,7 @@ def describe_stage(stage: StagePlan) -> dict[str, Any]:
     parts = {name: round(size / GIB, 3) for name, size in stage.memory.items()}
     return {
         "name": stage.name or "schedule",
+        "objective": config.objective,
         "seq_len": config.data.seq_len,
         "rope_theta": config.model.rope_theta,
         "global_batch_tokens": first.tokens,
