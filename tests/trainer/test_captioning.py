@@ -270,6 +270,7 @@ def test_zero_shot_is_the_nearest_name(folders: dict[str, Path], tmp_path: Path)
     ("folder", "message"),
     [
         ("dynamic", r"data\.sources\.x: .* no images of one tile each.*resolution=fixed"),
+        ("talk", r"data\.sources\.x: .* has other documents: objective=coca learns from captions"),
         ("long", r"data\.sources\.x: .* document of \d+ tokens.*max_caption_tokens=20"),
     ],
 )
