@@ -45,6 +45,9 @@ TINY = [
     "evaluation.max_tokens=512",
 ]
 
+# The same for a tower with a captioner, which has no experts.
+TINY_TOWER = ["trainer.max_steps=2", "evaluation.max_tokens=512"]
+
 # Stands for torchrun: at most two processes, and every training run becomes tiny.
 TORCHRUN = """#!/bin/sh
 exec {python} {folder}/shrink.py {python} -m torch.distributed.run "$@"
@@ -56,7 +59,7 @@ if "--nproc-per-node" in words:
     at = words.index("--nproc-per-node") + 1
     words[at] = str(min(2, int(words[at])))
 if "launch/pretrain.py" in words:
-    words += {tiny}
+    words += {tower} if any("vl01_vit" in word for word in words) else {tiny}
 os.execv(words[0], words)
 """
 
@@ -82,7 +85,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / ".venv" / entry.name).symlink_to(entry)
     (folder / ".venv" / ".fulmen-setup").touch()
     (folder / "bin").mkdir()
-    (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY))
+    (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY, tower=TINY_TOWER))
     torchrun = folder / "bin" / "torchrun"
     torchrun.write_text(TORCHRUN.format(python=sys.executable, folder=folder))
     torchrun.chmod(0o755)
