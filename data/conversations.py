@@ -78,6 +78,17 @@ def parse_example(record: Mapping[str, Any], num_images: int) -> Example:
     return Example((tuple(_place_images([Turn("", _split(text), True)], num_images)),))
 
 
+def parse_prompt(text: str, num_images: int, *, chat: bool) -> tuple[Turn, ...]:
+    """What a model is to continue: with `chat` a user's turn and the begun one of the assistant.
+
+    Images are placed as in a record; RecordError where their numbers differ.
+    """
+    turns = [Turn("user" if chat else "", _split(text), False)]
+    if chat:
+        turns.append(Turn("assistant", (), True))
+    return tuple(_place_images(turns, num_images))
+
+
 def _preference(record: Mapping[str, Any], num_images: int) -> Example:
     prompt = record.get("prompt") if record.get("messages") is None else record["messages"]
     begun: list[Turn] = []

@@ -185,6 +185,17 @@ def tokenise_example(
     return tokens, learnt, ends[0] if len(ends) > 1 else 0, placed
 
 
+def tokenise_prompt(
+    turns: tuple[Turn, ...],
+    layouts: Sequence[ImageLayout],
+    ids: SpecialIds,
+    tokenizer: Tokenizer,
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens of a document without its end and that of its last turn, and where images begin."""
+    tokens, _, _, placed = tokenise_example(Example((turns,)), layouts, ids, tokenizer)
+    return tokens[: -1 if _is_plain(turns) else -2], placed
+
+
 def _is_plain(document: Sequence[Turn]) -> bool:
     return not document[-1].role
 

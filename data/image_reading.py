@@ -171,8 +171,8 @@ def _parquet_records(path: str, number: int) -> Iterator[RawRecord]:
                 yield RawRecord(number, row, fields=fields)
 
 
-def read_fields(raw: RawRecord, limits: ReadLimits) -> tuple[dict[str, Any], list[bytes]]:
-    """A record's fields by our names, and its images' bytes; RecordError for what is amiss."""
+def raw_fields(raw: RawRecord) -> dict[str, Any]:
+    """A record's fields as they stand; RecordError where it cannot be read."""
     if raw.problem:
         raise RecordError(*raw.problem)
     fields = dict(raw.fields)
@@ -183,17 +183,19 @@ def read_fields(raw: RawRecord, limits: ReadLimits) -> tuple[dict[str, Any], lis
             fields = {"text": raw.caption.decode("utf-8")}
         except UnicodeDecodeError as error:
             raise RecordError("bad_utf8", f"invalid UTF-8 at byte {error.start}") from None
+    return fields
+
+
+def read_fields(raw: RawRecord, limits: ReadLimits) -> tuple[dict[str, Any], list[bytes]]:
+    """A record's fields by our names, and its images' bytes; RecordError for what is amiss."""
+    fields = raw_fields(raw)
     ours = {alias: name for alias, name in ALIASES.items() if name not in fields}
     ours |= {given: name for name, given in limits.names.items()}
     fields = {ours.get(name, name): value for name, value in fields.items() if value is not None}
     fields = {name: value for name, value in fields.items() if name in FIELDS}
     if not fields and not raw.members:
         raise RecordError("empty_record", "nothing in it is known")
-    images = _images(raw, fields, limits)
-    for data in images:
-        if len(data) > limits.max_bytes:
-            raise RecordError("too_many_bytes", f"an image of {len(data)} bytes")
-    return fields, images
+    return fields, read_images(raw, fields, limits)
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -209,13 +211,19 @@ def _json_object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def _images(raw: RawRecord, fields: Mapping[str, Any], limits: ReadLimits) -> list[bytes]:
+def read_images(raw: RawRecord, fields: Mapping[str, Any], limits: ReadLimits) -> list[bytes]:
+    """The bytes of a record's images, from `image` or `images` of its fields, or of its sample."""
     given = fields.get("images", fields.get("image"))
     if given is None:
         # .2.jpg before .10.jpg
-        return [raw.members[name] for name in sorted(raw.members, key=lambda n: (len(n), n))]
-    entries = given if isinstance(given, list) else [given]
-    return [_one_image(raw, entry, limits) for entry in entries]
+        images = [raw.members[name] for name in sorted(raw.members, key=lambda n: (len(n), n))]
+    else:
+        entries = given if isinstance(given, list) else [given]
+        images = [_one_image(raw, entry, limits) for entry in entries]
+    for data in images:
+        if len(data) > limits.max_bytes:
+            raise RecordError("too_many_bytes", f"an image of {len(data)} bytes")
+    return images
 
 
 def _one_image(raw: RawRecord, entry: Any, limits: ReadLimits) -> bytes:

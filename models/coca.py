@@ -169,6 +169,7 @@ class Contrast(nn.Module):
         everyone, first = self.gather(F.pad(rows, (0, 0, 0, room - count)))
         all_images, all_texts = everyone[:, :-1].chunk(2, dim=1)
         absent = everyone[:, -1].detach() == 0
+        # Beyond the limit there is no gradient: a temperature that has come to its least stays.
         scale = self.log_scale.clamp(max=-math.log(LEAST_TEMPERATURE)).exp().to(images.dtype)
         own = torch.arange(first, first + count, device=images.device)
         loss, right = images.new_zeros(()), own.new_zeros(())

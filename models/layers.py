@@ -65,6 +65,8 @@ class Cache:
     """Lightning layer -> `[batch, heads, head_dim, head_dim]`, fp32 at least."""
     keys_values: dict[int, KeyValues] = field(default_factory=dict)
     """Softmax layer -> what it has seen, keys after RoPE."""
+    patches: Tensor | None = None
+    """`[patches, vision_size]` that the vision tower made of the text's images, once."""
 
     def of_layer(self, layer: int) -> KeyValues:
         """Keys and values of a softmax layer, which has none before its first tokens."""

@@ -165,7 +165,7 @@ class TextModel(nn.Module):
             per_document: with labels and `document_lengths`, `loss_sum` is `[documents]`.
         """
         context = self._context(input_ids, cu_seqlens, document_lengths, cache, positions, row_part)
-        hidden, stats = self._hidden(self.embed(input_ids, images), context, num_tokens)
+        hidden, stats = self._hidden(self.embed(input_ids, images, cache), context, num_tokens)
         if labels is None:
             first = 0 if num_logits is None else hidden.shape[1] - num_logits
             return self.lm_head(hidden[:, first:])
@@ -180,7 +180,7 @@ class TextModel(nn.Module):
             torch.stack([s.num_dropped for s in stats]).sum(),
         )
 
-    def embed(self, input_ids: Tensor, images: Any = None) -> Tensor:
+    def embed(self, input_ids: Tensor, images: Any = None, cache: Cache | None = None) -> Tensor:
         """What enters the first block, `[batch, tokens, hidden_size]`; the VL model's seam."""
         assert images is None, "a text model sees no images"
         return self.embed_tokens(input_ids)

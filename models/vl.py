@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fulmen.models.coca import CoCa
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.image_layout import NEWLINE
+from fulmen.models.layers import Cache
 from fulmen.models.text import TextModel
 from fulmen.models.vision import VisionTower
 
@@ -63,15 +64,20 @@ class VisionLanguageModel(TextModel):
         self.multi_modal_projector = Projector(config.vision.hidden_size, config.hidden_size)
         self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
 
-    def embed(self, input_ids: Tensor, images: Any = None) -> Tensor:
+    def embed(self, input_ids: Tensor, images: Any = None, cache: Cache | None = None) -> Tensor:
         """The tokens' embeddings `[batch, tokens, hidden_size]`, image tokens' replaced.
 
-        `images` are `Images`; None where there are none.
+        `images` are `Images`; None where there are none. Of a text in several passes the first one
+        brings the tiles of all its images, and a `cache` keeps what the tower makes of them.
         """
         embeddings = self.embed_tokens(input_ids)
         if images is None:
             return embeddings
-        patches = self.collect(self.vision_tower(images.pixels).flatten(0, 1), images)
+        patches = None if cache is None else cache.patches
+        if patches is None:
+            patches = self.collect(self.vision_tower(images.pixels).flatten(0, 1), images)
+            if cache is not None:
+                cache.patches = patches
         features = self.image_features(patches, images.sources)
         flat = embeddings.flatten(0, 1).index_copy(0, images.places, features.to(embeddings.dtype))
         return flat.view_as(embeddings)

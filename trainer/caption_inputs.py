@@ -8,10 +8,15 @@ from torch import Tensor
 
 from fulmen.data.image_batches import normalise_tiles
 from fulmen.data.packing import IGNORE_LABEL, PackedBatch
-from fulmen.data.shards import PreparedSplit
+from fulmen.data.shards import PreparedSplit, read_manifest
 from fulmen.models.coca import Captions
 from fulmen.models.config import ModelConfig
 from fulmen.trainer.inputs import to_device
+
+_ONE_OF_EACH = (
+    "objective=coca learns from captions, whose documents are one image of one tile and then its "
+    "text: prepare captions with resolution=fixed"
+)
 
 
 def most_pairs(config: ModelConfig, micro_batch_tokens: int) -> int:
@@ -34,11 +39,7 @@ def caption_inputs(
     documents = [span for span in pairwise(bounds) if span[0] < batch.num_tokens]
     begins = [begin for begin, _ in documents]
     if begins != [image.first for image in images] or any(i.layout.num_tiles != 1 for i in images):
-        raise ValueError(
-            "data.sources: objective=coca learns from captions, whose documents are one image of "
-            "one tile and then its text; here is one that is not: prepare captions with "
-            "resolution=fixed"
-        )
+        raise ValueError(f"data.sources: a document is not a caption: {_ONE_OF_EACH}")
     if not documents:
         empty = torch.zeros(1, 1, dtype=torch.int64)
         captions = Captions(empty, torch.ones(1, dtype=torch.int64), empty + IGNORE_LABEL, 0)
@@ -83,6 +84,10 @@ def check_captions(split: PreparedSplit, config: ModelConfig) -> None:
             "from: prepare captions with launch/prepare_images.py resolution=fixed "
             f"tile_size={config.vision.tile_size}"
         )
+    totals = read_manifest(split.path)["splits"][split.split]
+    counts = {totals["documents"], totals["images"], totals["tiles"]}
+    if len(counts) > 1 or totals["pairs"] or index.images(0, 0)[0].first:
+        raise ValueError(f"{key}: {split.path} has other documents: {_ONE_OF_EACH}")
     most = config.vision.tiling.patches_per_tile + config.coca.max_text_tokens
     if index.longest > most:
         raise ValueError(

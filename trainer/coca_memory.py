@@ -24,7 +24,8 @@ from math import ceil
 from fulmen.models.config import ModelConfig
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.head_memory import head_scratch
-from fulmen.trainer.memory import FP32, INT64, Held, Parts, Unit, compute_bytes, list_units
+from fulmen.trainer.memory import INT64, Held, Parts, Unit, list_units
+from fulmen.trainer.sizes import FP32, compute_bytes
 from fulmen.trainer.tower_memory import block_activations, count_pairs, tile_activations
 
 

@@ -16,9 +16,10 @@ from fulmen.models.config import ModelConfig, MoEConfig, check_model
 from fulmen.parallel.config import POLICIES, ParallelConfig, check_experts, check_parallel
 from fulmen.trainer.long_context.config import LongContextConfig, check_tasks
 from fulmen.trainer.metrics import LogConfig
+from fulmen.trainer.reading.config import ReadingConfig, check_reading
 
 Schema = TypeVar("Schema")
-OBJECTIVES = ("language_modelling", "coca")
+OBJECTIVES = ("language_modelling", "preference", "coca")
 """Values of `objective`; trainer/objective.py."""
 
 
@@ -132,6 +133,18 @@ class CheckpointConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """The `preference` group, of what has objective=preference."""
+
+    beta: float = 0.1
+    """An answer's reward over by how much its log-probability is above the reference's."""
+    patience: int | None = None
+    """End after so many evaluations in turn without a lower held-out loss; null = never early."""
+    min_improvement: float = 0.0
+    """By how much, in nats per pair, a held-out loss has to be below the lowest one to count."""
+
+
+@dataclass
 class ZeroShotConfig:
     """A labelled folder by which a tower is judged (trainer/zero_shot.py)."""
 
@@ -143,7 +156,7 @@ class ZeroShotConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The `evaluation` group: loss on held-out documents of each source, and long texts."""
+    """The `evaluation` group: loss on held-out documents, long texts, and images to read."""
 
     every_steps: int | None = None
     """Steps between evaluations, and one at the end of the run; null = none at all."""
@@ -151,6 +164,8 @@ class EvaluationConfig:
     """Held-out tokens per source and evaluation."""
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
     """Retrieval from long texts."""
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
+    """Questions about held-out images."""
     zero_shot: dict[str, ZeroShotConfig] = field(default_factory=dict)
     """Zero-shot classification of labelled folders, by a name of their own; for objective=coca."""
 
@@ -189,6 +204,10 @@ class StageConfig:
     """Keys of `trainer` that differ."""
     optim: dict[str, Any] = field(default_factory=dict)
     """Keys of `optim` that differ, also within `optim.groups`."""
+    preference: dict[str, Any] = field(default_factory=dict)
+    """Keys of `preference` that differ."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Keys of `evaluation` that differ."""
 
 
 @dataclass
@@ -202,13 +221,14 @@ class RunConfig:
     run_id: str | None = None
     """Name of the run; null = the SLURM job's id, or the date and time."""
     objective: str = "language_modelling"
-    """What is minimised: language_modelling (the next token's cross entropy), or coca (a vision
-    tower learns from captions)."""
+    """What is minimised: language_modelling (the next token's cross entropy), preference (DPO, on
+    sources of pairs) or coca (a vision tower learns from captions)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
@@ -269,9 +289,40 @@ def check_config(config: RunConfig, world_size: int) -> None:
         raise ValueError("data.sources is empty: name at least one prepared source and its path")
     _check_batches(config, world_size)
     check_groups(config.optim)
+    _check_preference(config)
     long = config.evaluation.long_context
     key = "evaluation.long_context."
     check_tasks(long.tasks, long.lengths, long.depths, long.samples, key)
+    check_reading(config.evaluation.reading, config.data.sources)
+
+
+def _check_preference(config: RunConfig) -> None:
+    settings = config.preference
+    if settings.beta <= 0:
+        raise ValueError(f"preference.beta={settings.beta}: must be above 0")
+    if settings.min_improvement < 0:
+        raise ValueError(
+            f"preference.min_improvement={settings.min_improvement}: must not be negative"
+        )
+    if settings.patience is not None and settings.patience < 1:
+        raise ValueError(
+            f"preference.patience={settings.patience}: must be at least 1, or null to train to the "
+            "end"
+        )
+    if config.objective != "preference":
+        return
+    if config.parallel.cp > 1:
+        raise ValueError(
+            f"parallel.cp={config.parallel.cp} does not go with objective=preference: both answers "
+            "of a pair lie in one row, which one rank holds whole; set parallel.cp=1 (in a stage: "
+            "stages.NAME.parallel.cp=1)"
+        )
+    if settings.patience is not None and config.evaluation.every_steps is None:
+        raise ValueError(
+            f"preference.patience={settings.patience} counts evaluations, and there are none: set "
+            "evaluation.every_steps (in a stage: stages.NAME.evaluation.every_steps), or "
+            "preference.patience=null"
+        )
 
 
 def _check_captioning(config: RunConfig) -> None:

@@ -1,10 +1,13 @@
 """Text from a checkpoint: recurrent states in lightning layers, a KV cache in softmax layers."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from fulmen.models.text import TextModel
 from fulmen.trainer.prefill import CHUNK_TOKENS, Reader
+from fulmen.trainer.prompt_images import PromptImages
 
 
 @torch.inference_mode()
@@ -16,10 +19,11 @@ def generate(
     temperature: float,
     top_k: int | None,
     generator: torch.Generator,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
     chunk_tokens: int = CHUNK_TOKENS,
+    images: PromptImages | None = None,
 ) -> list[int]:
-    """Continue `prompt`; returns the new token ids, `stop_id` excluded.
+    """Continue `prompt`; returns the new token ids, one of `stop_ids` excluded.
 
     `temperature` 0 takes the most likely token each time; `top_k` keeps only the k most likely.
     The prompt is read `chunk_tokens` at a time. A new token costs the same however long the text
@@ -28,11 +32,11 @@ def generate(
     if not prompt:
         raise ValueError("the prompt has no tokens: give at least one character of text")
     reader = Reader(model, chunk_tokens=chunk_tokens)
-    logits, cache = reader.read(torch.tensor(prompt), new_tokens=max_new_tokens)
+    logits, cache = reader.read(torch.tensor(prompt), new_tokens=max_new_tokens, images=images)
     next_logits, new_ids = logits[-1], list[int]()
     while len(new_ids) < max_new_tokens:
         next_id = _sample(next_logits.float(), temperature, top_k, generator)
-        if next_id == stop_id:
+        if next_id in stop_ids:
             break
         new_ids.append(next_id)
         if len(new_ids) < max_new_tokens:

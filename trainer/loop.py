@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 
-from fulmen.data.loader import PackedLoader, StepBatch
-from fulmen.data.shards import PreparedSplit
+from fulmen.data.loader import StepBatch
 from fulmen.models.text import count_active_parameters, count_parameters
 from fulmen.models.vl import build_model
 from fulmen.parallel.audit import audit
@@ -21,20 +20,23 @@ from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.flops import Throughput, count_passes_by_part, device_peak
 from fulmen.trainer.groups import resolve_groups
-from fulmen.trainer.inputs import check_images
 from fulmen.trainer.long_context.in_loop import LongContext
 from fulmen.trainer.manifest import MANIFEST, CheckpointError, checksum
 from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
 from fulmen.trainer.objective import LanguageModelling, Objective
 from fulmen.trainer.optim import MOMENTS, Optimizer
+from fulmen.trainer.preference import Preference
+from fulmen.trainer.reading.in_loop import Reading
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
-from fulmen.trainer.stages import drawn_sources, list_shares, run_tokens, shares_at
+from fulmen.trainer.sources import open_held_out, open_loader
+from fulmen.trainer.stages import drawn_sources, list_stages, run_tokens
 from fulmen.trainer.start import Start, find_start
 from fulmen.trainer.weights import changed_keys, check_same_model
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "language_modelling": LanguageModelling,
+    "preference": Preference,
     "coca": Captioning,
 }
 
@@ -81,10 +83,11 @@ class Trainer:
                 log.info(line)
         self.optimizer = Optimizer(self.engine, config.optim, settings)
         state = self._resume()
-        self.loader = self._open_loader(state.get("loader"))
-        self.held_out = self._open_held_out()
+        self.loader = open_loader(self.run_config, self.start, mesh, state.get("loader"))
+        self.held_out = open_held_out(self.run_config, mesh)
         self.objective = self._open_objective(state.get("objective", {}))
         self.long_context = LongContext.open(config, self.model, mesh)
+        self.reading = Reading.open(config, self.model, mesh, run_dir)
         self._throughput = Throughput(
             config.model,
             seq_len=config.data.seq_len,
@@ -105,7 +108,9 @@ class Trainer:
             return
         with self._open_metrics() as metrics:
             (self.run_dir / DONE).unlink(missing_ok=True)  # of a run that now goes on for longer
-            self.objective.prepare(self.run_dir / "objective" / self.stage.name, self._weights)
+            self.objective.prepare(
+                self.run_dir / self.config.objective / self.stage.name, self._weights
+            )
             self._throughput.restart()
             while not self.stage_finished:
                 phase("data", self.step)
@@ -129,17 +134,21 @@ class Trainer:
                     }
                     metrics.log_step(row)
                 is_due = self._is_due(config.evaluation.every_steps)
-                if self.held_out and (is_due or self.stage_finished):
+                if self._evaluates and (is_due or self.stage_finished):
                     phase("evaluation")
                     values = self.objective.evaluate()
                     metrics.log_eval(self.step, self.tokens, values)
                     if is_due:
-                        self.objective.watch(values)
+                        self.objective.watch(self.step, values)
                     self._throughput.restart()
                 ends = self.stage_finished
                 if self.long_context and (self._is_due(self.long_context.every) or ends):
                     phase("long texts")
                     metrics.log_scores(self.step, self.tokens, self.long_context.scores())
+                    self._throughput.restart()
+                if self.reading and (self._is_due(self.reading.every) or ends):
+                    phase("reading")
+                    metrics.log_scores(self.step, self.tokens, self.reading.scores(self.step))
                     self._throughput.restart()
                 if self._is_due(config.checkpoint.every_steps) or ends:
                     phase("checkpoint")
@@ -179,6 +188,10 @@ class Trainer:
         )
 
     @property
+    def _evaluates(self) -> bool:
+        return self.config.evaluation.every_steps is not None
+
+    @property
     def stage_finished(self) -> bool:
         """Whether the stage's tokens are trained, or the run is at its end."""
         return self.finished or self.tokens >= self.stage.end
@@ -191,11 +204,12 @@ class Trainer:
             "tokens": self.tokens,
             "optimizer_steps": self.optimizer.steps,
             "loader": loader_state,
-            "objective": self.objective.state(),
+            "objective": {"name": self.config.objective, **self.objective.state()},
             "stage": {
                 "name": self.stage.name,
                 "first_step": self.start.first_step,
-                "ended": bool(self.stage.name) and self.tokens >= self.stage.end,
+                "ended": bool(self.stage.name)
+                and (self.tokens >= self.stage.end or self.objective.finished),
             },
         }
         config = OmegaConf.to_yaml(OmegaConf.structured(self.config))
@@ -245,58 +259,28 @@ class Trainer:
         log.info("resumed at step %d, %d tokens, from %s", self.step, self.tokens, path)
         return state
 
-    def _open_loader(self, state: dict[str, Any] | None) -> PackedLoader:
-        config = self.config
-        # Not `self`: the loader's thread would keep the trainer, and so the loader, alive.
-        run_config, stage = self.run_config, self.stage
-        loader = PackedLoader(
-            config.data.sources,
-            seq_len=config.data.seq_len,
-            micro_batch_tokens=config.trainer.micro_batch_tokens,
-            batch_tokens=stage.batch_tokens,
-            shares=lambda tokens: shares_at(run_config, stage.inside(tokens)),
-            length_bounds=config.data.length_bounds,
-            seed=config.seed,
-            vocab_size=config.model.vocab_size,
-            dp_rank=self.mesh.dp_rank,
-            dp_size=self.mesh.dp,
-            prefetch_steps=config.data.prefetch_steps,
-            image_workers=config.data.image_workers,
-            tile_part=(self.mesh.cp_rank, self.mesh.cp),
-            state=state,
-        )
-        check_images(loader.splits, config.model.vision)
-        for name, shares in list_shares(run_config):
-            try:
-                loader.check_shares(shares)
-            except ValueError as error:
-                raise ValueError(f"stages.{name}: {error}") from None
-        return loader
-
     def _open_objective(self, state: dict[str, Any]) -> Objective:
-        drawn = drawn_sources(self.run_config, self.stage.index)
-        train = [split for split in self.loader.splits if split.name in drawn]
-        kind = OBJECTIVES[self.config.objective]
-        objective = kind(self.config, self.model, self.mesh, train, self.held_out)
+        """The stage's; sources that some stage's cannot use are an error now."""
+        for stage in list_stages(self.run_config):
+            drawn = drawn_sources(self.run_config, stage.index)
+            train = [split for split in self.loader.splits if split.name in drawn]
+            held_out = {} if stage.config.evaluation.every_steps is None else self.held_out
+            kind = OBJECTIVES[stage.config.objective]
+            try:
+                kind.check_sources(train, held_out)
+            except ValueError as error:
+                raise ValueError(f"stages.{stage.name}: {error}" if stage.name else error) from None
+            if stage.index == self.stage.index:
+                objective = kind(self.config, self.model, self.mesh, train, held_out)
         if self.step > self.start.first_step:  # else the state is that of the stage before
+            before = state.get("name", "language_modelling")
+            if before != self.config.objective:
+                raise CheckpointError(
+                    f"objective={self.config.objective}, but {self.start.checkpoint} is from "
+                    f"within objective={before}: begin a new run from its weights, or a stage"
+                )
             objective.load_state(state)
         return objective
-
-    def _open_held_out(self) -> dict[str, PreparedSplit]:
-        if self.config.evaluation.every_steps is None:
-            return {}
-        vocab_size = self.config.model.vocab_size
-        return {
-            name: PreparedSplit(
-                source.path,
-                "valid",
-                name=name,
-                vocab_size=vocab_size,
-                part=self.mesh.dp_rank,
-                num_parts=self.mesh.dp,
-            )
-            for name, source in self.config.data.sources.items()
-        }
 
     def _open_metrics(self) -> MetricsLogger | NullMetrics:
         if self.mesh.rank != 0:

@@ -61,12 +61,13 @@ from fulmen.models.text import count_active_parameters, count_parameters
 from fulmen.models.vl import build_model
 from fulmen.parallel.zero import expert_shard_dim
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.core_memory import core_inputs, core_outputs, softmax_work
 from fulmen.trainer.groups import Settings, resolve_groups
-from fulmen.trainer.head_memory import head_scratch
+from fulmen.trainer.head_memory import head_bytes
+from fulmen.trainer.sizes import FP32, Sizes, compute_bytes, sizes_of
 from fulmen.trainer.tower_memory import tower_activations, tower_work
 
 GIB = 2**30
-FP32 = 4
 INT64 = 8
 CONTEXT_BYTES = int(1.5 * GIB)
 """CUDA context, libraries and NCCL's buffers: our choice, not measured for each machine."""
@@ -133,11 +134,6 @@ def frozen_of(config: RunConfig) -> frozenset[str]:
     if not config.optim.groups:  # as the planner's search asks often
         return frozenset()
     return frozenset(name for name, one in list_settings(config).items() if one.frozen)
-
-
-def compute_bytes(config: RunConfig) -> int:
-    """Of a number in the forward and backward pass."""
-    return 2 if config.trainer.dtype == "bfloat16" else FP32
 
 
 def list_units(config: RunConfig, world_size: int) -> list[Unit]:
@@ -221,63 +217,10 @@ def _sees(unit: Unit) -> bool:
     return unit.name.startswith(("vision_tower", "multi_modal_projector"))
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The letters of this module's list, for one rank."""
-
-    e: int
-    """Bytes of a number of the compute type."""
-    T: int
-    h: int
-    i: int
-    v: int
-    f: int
-    k: int
-    E: int
-    heads: int
-    state: int
-    """Numbers of a lightning layer's state."""
-    rows: int
-    """R."""
-    cp: int
-    etp: int
-    kv_ranks: int
-    """Ranks whose keys and values a softmax layer keeps."""
-
-
-def sizes_of(config: RunConfig) -> Sizes:
-    """With experts that get equal shares; buffers of a capacity, which chunks do without, are
-    counted whole."""
-    model, parallel = config.model, config.parallel
-    tokens = config.trainer.micro_batch_tokens // parallel.cp
-    rows = tokens * model.num_experts_per_token
-    capacity = config.moe.capacity_factor
-    whole = config.trainer.chunk_tokens is None and not config.moe.global_router
-    if capacity and whole and parallel.ep * parallel.etp > 1:
-        each = min(ceil(capacity * rows / model.num_experts), tokens)
-        rows = each * model.num_experts
-    return Sizes(
-        e=compute_bytes(config),
-        T=tokens,
-        h=model.hidden_size,
-        i=model.num_attention_heads * model.head_dim,
-        v=model.num_key_value_heads * model.head_dim,
-        f=model.expert_hidden_size,
-        k=model.num_experts_per_token,
-        E=model.num_experts,
-        heads=model.num_attention_heads,
-        state=model.num_attention_heads * model.head_dim**2,
-        rows=rows * parallel.etp,
-        cp=parallel.cp,
-        etp=parallel.etp,
-        kv_ranks=parallel.cp if parallel.softmax_attention == "gather" else 1,
-    )
-
-
 def attention_activations(s: Sizes, *, softmax: bool) -> int:
     """Bytes that a block's attention half keeps, its input among them."""
     if softmax:
-        core = s.e * s.T * (2 * s.i + 2 * s.v * s.kv_ranks) + FP32 * s.T * s.heads
+        core = core_inputs(s, softmax) + core_outputs(s, softmax)
         return s.e * s.T * 3 * s.h + core + FP32 * s.T * 2
     core = s.e * s.T * 9 * s.i + (FP32 * s.state if s.cp > 1 else 0)
     return s.e * s.T * 3 * s.h + core + FP32 * s.T * 3
@@ -321,14 +264,14 @@ def kept_of_layer(config: RunConfig, layer: int) -> Kept:
     s, softmax = sizes_of(config), config.model.is_softmax(layer)
     policy, chunks = config.trainer.activation_checkpointing, config.trainer.chunk_tokens
     row = s.e * s.T * s.h
-    core = _core_outputs(s, softmax)
+    core = core_outputs(s, softmax)
     if chunks is not None:
         routing = s.T * (FP32 * (s.E + s.k) + INT64 * s.k)
         if policy == "full":
             # Over ranks softmax attention keeps its inputs too.
-            inputs = _core_inputs(s, softmax) if s.cp > 1 else 0
+            inputs = core_inputs(s, softmax) if s.cp > 1 else 0
             return Kept(core + inputs if softmax else 0, routing, 2 * row)
-        return Kept(row + core + _core_inputs(s, softmax), routing + row, 0)
+        return Kept(row + core + core_inputs(s, softmax), routing + row, 0)
     if policy == "full":
         return Kept(0, 0, row)
     if policy == "selective":
@@ -340,16 +283,6 @@ def kept_of_layer(config: RunConfig, layer: int) -> Kept:
         return Kept(attention, router + expert_activations(s), 0)
     attention = attention_activations(s, softmax=softmax)
     return Kept(attention, router_activations(s) + expert_activations(s), 0)
-
-
-def _core_inputs(s: Sizes, softmax: bool) -> int:
-    if softmax:
-        return s.e * s.T * (s.i + 2 * s.v * s.kv_ranks)
-    return s.e * s.T * 3 * s.i + (FP32 * s.state if s.cp > 1 else 0)
-
-
-def _core_outputs(s: Sizes, softmax: bool) -> int:
-    return s.e * s.T * s.i + (FP32 * s.T * s.heads if softmax else 0)
 
 
 def layer_activations(config: RunConfig, layer: int) -> int:
@@ -436,8 +369,8 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
 
     zero = Held(units, micro_batches)
     parts, reduce = zero.parts, zero.reduce
-    scratch = head_scratch(s.T, s.h, config.model.vocab_size, s.e)
-    in_head = 2 * s.e * s.T * s.h + s.e * head.trained_whole + scratch
+    longest = config.data.seq_len if config.objective == "preference" else None
+    in_head = head_bytes(s.T, s.h, config.model.vocab_size, s.e, head.trained_whole, longest)
     yield parts(head, activations=rest + sum(layers) + on_its_way, head=in_head)
 
     reduce(head)
@@ -537,7 +470,7 @@ def _block_moments(config: RunConfig, layer: int, experts: int, dense: int) -> B
         near += _attention_work(part, dense, softmax) + FP32 * dense // s.e
         # With offload the input is on its way while the experts work, then the one before it.
         on_its_way = row if config.trainer.offload_checkpoints else 0
-        around_core = row + _core_inputs(s, softmax) + _core_outputs(s, softmax)
+        around_core = row + core_inputs(s, softmax) + core_outputs(s, softmax)
         return BlockMoments(
             kept.here,
             3 * row + in_chunk,
@@ -579,9 +512,7 @@ def _attention_work(s: Sizes, weight_bytes: int, softmax: bool) -> int:
     and the core's in- and output, when two rows and two core outputs are gone (softmax attention
     keeps its output); those of the weights."""
     row, inner = s.e * s.T * s.h, s.e * s.T * s.i
-    in_core = 2 * inner
-    if softmax:
-        in_core = 2 * inner + 2 * s.e * s.T * s.v * s.kv_ranks + _core_scratch(s)
+    in_core = softmax_work(s) if softmax else 2 * inner
     return max(3 * row, in_core) + weight_bytes
 
 
@@ -589,12 +520,5 @@ def _chunked_attention_work(s: Sizes, softmax: bool, chunk: int) -> int:
     """The same where all but the core is done in chunks, beside the input, in- and output of the
     core: gradients of this half's in- and output and of the core's output, and what a chunk takes;
     or of the input and of the core's in- and output, which softmax attention keeps until then."""
-    gradients = s.h + (2 * s.i + 2 * s.v * s.kv_ranks if softmax else 3 * s.i)
-    in_core = s.e * s.T * gradients + (_core_scratch(s) if softmax else 0)
+    in_core = s.e * s.T * s.h + (softmax_work(s) if softmax else 3 * s.e * s.T * s.i)
     return max(in_core, s.e * s.T * (2 * s.h + s.i) + chunk)
-
-
-def _core_scratch(s: Sizes) -> int:
-    """Of softmax attention's backward pass: the gradient of q in fp32. Not measured;
-    FlashAttention 2 also takes gradients of k and v by query head."""
-    return FP32 * s.T * s.i

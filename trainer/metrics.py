@@ -68,7 +68,7 @@ class Sink(Protocol):
         """Take the values of an evaluation, named `METRIC/SOURCE`."""
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
-        """Take accuracies on long texts, by task and length."""
+        """Take scores of long texts and of images, 0 to 1, by name."""
 
     def close(self, *, failed: bool) -> None:
         """Write out what is still held; `failed` says that the run ends by an exception."""
@@ -123,7 +123,7 @@ class MetricsLogger:
         self._to_others(lambda sink: sink.log_eval(step, tokens, values))
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
-        """Log accuracies on long texts after `step`, named `TASK/LENGTH`."""
+        """Log scores after `step`: `TASK/LENGTH` of long texts, `reading/SOURCE/NAME` of images."""
         self._jsonl.log_scores(step, tokens, scores)
         self._to_others(lambda sink: sink.log_scores(step, tokens, scores))
 
@@ -295,7 +295,7 @@ def chart_values(row: Row) -> dict[str, float]:
 
 
 def chart_evaluation(values: Mapping[str, float]) -> dict[str, float]:
-    """Held-out values, or accuracies on long texts, under the names that wandb and TensorBoard
+    """Held-out values, or scores of texts and images, under the names that wandb and TensorBoard
     show."""
     return {f"eval/{name}": value for name, value in values.items()}
 

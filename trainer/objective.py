@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fulmen.data.loader import StepBatch
 from fulmen.data.packing import PackedBatch
-from fulmen.data.shards import PreparedSplit
+from fulmen.data.shards import PreparedSplit, read_manifest
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.config import RunConfig
@@ -43,10 +43,18 @@ class Objective(ABC):
         """`config` is the stage's, `train` the sources that it can draw.
 
         `held_out` are the held-out splits of all sources, or none if nothing is evaluated.
-        ValueError, naming the key, for sources that the objective cannot use.
         """
         self.config, self.model, self.mesh = config, model, mesh
         self.train, self.held_out = train, held_out
+
+    @classmethod  # noqa: B027
+    def check_sources(
+        cls, train: Sequence[PreparedSplit], held_out: Mapping[str, PreparedSplit]
+    ) -> None:
+        """`ValueError`, naming the key, for sources of a stage that the objective cannot use.
+
+        Called at the start of a run, for all of its stages.
+        """
 
     def prepare(self, folder: Path, start: str) -> None:  # noqa: B027  most have nothing to do
         """Do what has to be done before the stage's first step, or find that it was done.
@@ -78,8 +86,8 @@ class Objective(ABC):
         They are logged as `eval_METRIC/SOURCE`.
         """
 
-    def watch(self, values: Mapping[str, float]) -> None:  # noqa: B027
-        """Take what a regular evaluation gave: it may be a reason to end."""
+    def watch(self, step: int, values: Mapping[str, float]) -> None:  # noqa: B027
+        """Take what the regular evaluation after a step gave: it may be a reason to end."""
 
     @property
     def finished(self) -> bool:
@@ -94,8 +102,25 @@ class Objective(ABC):
         """Go on within a stage, from a former `state()`."""
 
 
+def count_pairs(split: PreparedSplit) -> int:
+    """Documents of a split that are pairs of answers, by its folder's manifest."""
+    return int(read_manifest(split.path)["splits"][split.split].get("pairs", 0))
+
+
 class LanguageModelling(Objective):
     """Cross entropy of the next token, a mean over all labels of a step."""
+
+    @classmethod
+    def check_sources(
+        cls, train: Sequence[PreparedSplit], held_out: Mapping[str, PreparedSplit]
+    ) -> None:
+        for split in train:
+            if count_pairs(split):
+                raise ValueError(
+                    f"data.sources.{split.name}: {split.path} has pairs of answers, and "
+                    "objective=language_modelling would learn the rejected ones too: set "
+                    "objective=preference, or give the source no share of the stage"
+                )
 
     def begin_step(self, batch: StepBatch) -> None:
         self._num_labels = batch.num_labels

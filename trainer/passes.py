@@ -7,7 +7,7 @@ computes the scores again. See parallel/checkpointing.py for what policies compu
 from dataclasses import dataclass, replace
 
 from fulmen.trainer.config import RunConfig
-from fulmen.trainer.memory import sizes_of
+from fulmen.trainer.sizes import sizes_of
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,27 @@ class Passes:
     """Times that keys and values travel over cp, backward once."""
     states: int = 2
     """Likewise of lightning layers' states."""
-    chunks: int = 1
-    """Launches for one."""
+    launches: float = 1.0
+    """Of kernels, over those of a step without checkpointing or chunks."""
 
 
 def count_passes(config: RunConfig) -> Passes:
     """What the configuration's policy makes of a forward and a backward pass."""
     policy, chunk = config.trainer.activation_checkpointing, config.trainer.chunk_tokens
     if chunk is not None:
-        chunks = -(-sizes_of(config).T // chunk)
+        launches = 4 / 3 * -(-sizes_of(config).T // chunk)
         once = Passes(projections=4, experts=4, attention_ops=2, expert_ops=2, rows=3)
-        once = replace(once, chunks=chunks)
+        once = replace(once, launches=launches)
         if policy == "none":
             return once
         return replace(once, projections=5, lightning_tensors=15, attention_ops=3, states=3)
     if policy == "full":
-        return Passes(4, 4, 4.5, 15, 2, 2, rows=3, keys=3, states=3)
-    if policy == "selective" and config.parallel.cp > 1:
+        return Passes(4, 4, 4.5, 15, 2, 2, rows=3, keys=3, states=3, launches=4 / 3)
+    if policy == "none":
+        return Passes()
+    # Of some eighteen launches of a block's forward pass, five are norms, activations and the gate.
+    selective = Passes(attention_ops=2, launches=1.1)
+    if config.parallel.cp > 1:
         # The cores are no torch ops there that could be kept.
-        return Passes(softmax_core=4.5, lightning_tensors=15, attention_ops=2, keys=3, states=3)
-    return Passes(attention_ops=2) if policy == "selective" else Passes()
+        return replace(selective, softmax_core=4.5, lightning_tensors=15, keys=3, states=3)
+    return selective

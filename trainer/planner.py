@@ -19,24 +19,25 @@ from fulmen.trainer.flops import count_passes_by_part, forward_flops, training_f
 from fulmen.trainer.memory import (
     FP32,
     GIB,
-    Sizes,
     Unit,
     add_margin,
-    compute_bytes,
     count_model,
     find_peak,
     frozen_of,
     host_bytes,
     list_units,
-    sizes_of,
 )
 from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_sizes, batch_tokens
+from fulmen.trainer.sizes import Sizes, compute_bytes, sizes_of
 from fulmen.trainer.stages import Stage, list_stages, run_tokens
 from fulmen.trainer.tower_memory import documents_in
 
 NODE = 8
 """GPUs joined by NVLink."""
+OVERLAP = 4
+"""Exponent of the smooth maximum of a GPU's time and the host's: 1 would be one after the other.
+From steps of 16K to 64K tokens of text01_1b on an H200 (docs/planner.md)."""
 SECONDS_PER_DAY = 86_400
 
 
@@ -96,9 +97,9 @@ class Assumptions:
     """Of each GPU, to and from pinned host memory, in one direction; not measured."""
     hidden_share: float = 0.8
     """ZeRO's exchanges run beside work, up to this share of its time; not measured at scale."""
-    host_ms_per_layer: float = 15.3
-    """A step takes at least so long for each layer and micro-batch, whatever its size: launches
-    from Python, 150.7 ms for 8 layers of text01_1b."""
+    host_ms_per_layer: float = 14.6
+    """Launches from Python, for each layer and micro-batch, whatever its size: 113 to 136 ms for
+    the 8 layers of text01_1b, from machine to machine."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,10 @@ def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, ba
         exchange_gb["host memory"] = 2 * count * host_bytes(config) / 1e9
         exchange_s["host memory"] = exchange_gb["host memory"] / assume.host_gb_per_s
         shown += max(0.0, exchange_s["host memory"] - busy)
-    # Launches as work: a block that is computed again is launched again.
-    passes = count_passes(config)
-    again = passes.experts / 3 * passes.chunks
-    host = again * count * config.model.num_layers * assume.host_ms_per_layer / 1e3
-    seconds = max(busy + shown, host)
+    launches = count_passes(config).launches * count * config.model.num_layers
+    host = launches * assume.host_ms_per_layer / 1e3
+    # Neither is wholly beside the other: parts of a step wait for launches, others let them wait.
+    seconds = ((busy + shown) ** OVERLAP + host**OVERLAP) ** (1 / OVERLAP)
     mfu = None
     if compute_bytes(config) == 2:
         mfu = step_flops(config, batch) / (seconds * gpus * gpu.tflops * 1e12)
@@ -213,7 +213,10 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         seeing = {"vision tower": tower / matmul_rate}
     return seeing | {
         "projections": projections / matmul_rate,
-        "head": (3 - less["head"]) * flops["head"] / matmul_rate,
+        # Document by document, logits are formed forward and once more backward.
+        "head": (3 + (config.objective == "preference") - less["head"])
+        * flops["head"]
+        / matmul_rate,
         "experts": (passes.experts - less["experts"])
         * flops["experts"]
         / (peak * assume.grouped_share),
@@ -473,6 +476,7 @@ def describe_stage(stage: StagePlan) -> dict[str, Any]:
     parts = {name: round(size / GIB, 3) for name, size in stage.memory.items()}
     return {
         "name": stage.name or "schedule",
+        "objective": config.objective,
         "seq_len": config.data.seq_len,
         "rope_theta": config.model.rope_theta,
         "global_batch_tokens": first.tokens,

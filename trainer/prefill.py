@@ -1,8 +1,9 @@
 """A text through the model in pieces, so that its length costs little memory; no gradients.
 
-From one piece to the next go, in a `Cache`, a state of fixed size in every lightning layer and keys
-and values in the softmax layers. Logits are formed only where they are asked for. With `mesh.cp`
-above 1 the ranks that share a row read one text together: see `parallel/prompt.py`.
+From one piece to the next go, in a `Cache`, a state of fixed size in every lightning layer, keys
+and values in the softmax layers, and what the tower made of the text's images. Logits are formed
+only where they are asked for. With `mesh.cp` above 1 the ranks that share a row read one text
+together: see `parallel/prompt.py`.
 """
 
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from torch import Tensor
 from fulmen.kernels.cross_entropy.op import IGNORE_INDEX
 from fulmen.models.layers import Cache
 from fulmen.models.text import TextModel
+from fulmen.models.vl import Images
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.prompt import PromptPart
+from fulmen.trainer.prompt_images import PromptImages, no_images
 
 CHUNK_TOKENS = 32_768
 """Tokens of a piece. Fewer cost time where a GPU has many keys to read for them; more, memory."""
@@ -72,10 +75,12 @@ class Reader:
         num_logits: int = 1,
         new_tokens: int = 0,
         passes: int = 0,
+        images: PromptImages | None = None,
     ) -> tuple[Tensor, Cache]:
         """Logits `[num_logits, vocab_size]` of a text's last positions, and what it leaves.
 
-        `ids` is `[tokens]` int64; `new_tokens` more find room in the cache without a copy.
+        `ids` is `[tokens]` int64; `new_tokens` more find room in the cache without a copy. If one
+        rank brings `images`, all do, if need be without any: the tower's weights may be spread too.
         """
         cache = Cache(max_tokens=-(-(len(ids) + new_tokens) // self.ranks) + self.ranks)
         first, logits = len(ids) - num_logits, []
@@ -83,8 +88,12 @@ class Reader:
         for piece in pieces:
             wanted = max(0, piece.end - max(first, piece.start))
             # The head is called each time, for its weights may have to be gathered by all ranks.
-            logits.append(self._pass(ids, piece, cache, num_logits=wanted))
-        self._idle(passes - len(pieces))
+            seen = None
+            if images is not None:
+                is_first = cache.patches is None
+                seen = images.inputs(self._part(piece), self.device, with_tiles=is_first)
+            logits.append(self._pass(ids, piece, cache, num_logits=wanted, images=seen))
+        self._idle(passes - len(pieces), seen=cache.patches)
         return torch.cat(logits, dim=1)[0], cache
 
     @torch.no_grad()
@@ -132,6 +141,7 @@ class Reader:
         offset: int = 0,
         num_logits: int | None = None,
         labels: Tensor | None = None,
+        images: Images | None = None,
     ) -> Tensor:
         """One pass; `ids` begin at place `offset` of the text."""
         here = self._part(piece)
@@ -146,6 +156,7 @@ class Reader:
                 cache=cache,
                 positions=torch.arange(first, first + len(own), device=self.device),
                 row_part=part,
+                images=images,
                 num_logits=num_logits,
                 per_token=labels is not None,
             )
@@ -153,9 +164,15 @@ class Reader:
         cache.num_tokens = piece.end  # the model has counted this rank's alone
         return output
 
-    def _idle(self, passes: int, *, loss: bool = False) -> None:
+    def _idle(self, passes: int, *, loss: bool = False, seen: Tensor | None = None) -> None:
         ids = torch.zeros(1, dtype=torch.long, device=self.device)
         labels = torch.full_like(ids, IGNORE_INDEX) if loss else None
         for _ in range(passes):
-            piece = Piece(0, 1, True)
-            self._pass(ids, piece, Cache(), num_logits=None if loss else 1, labels=labels)
+            self._pass(
+                ids,
+                Piece(0, 1, True),
+                Cache(patches=seen),
+                num_logits=None if loss else 1,
+                labels=labels,
+                images=None if seen is None else no_images(self.device),
+            )

@@ -11,7 +11,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.trainer.console import clock, short_number
 from fulmen.trainer.metrics import ACCOUNT_PREFIX, EVAL_PREFIX, read_metrics
+from fulmen.trainer.reading.cards import CARDS_STYLE, picture_cards, score_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,27 +109,32 @@ def write_report(run_dir: Path) -> Path:
     name = "/".join(run_dir.resolve().parts[-2:])
     config_path = run_dir / "config.yaml"
     config = config_path.read_text(encoding="utf-8") if config_path.is_file() else None
-    page = "\n".join(
-        [
-            "<!doctype html>",
-            f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<style>{PAGE_STYLE}</style></head><body>",
-            f"<h1>{html.escape(name)}</h1>",
-            _table(head_facts(rows, summary)),
-            "<h2>Curves</h2>",
-            _curves(rows, summary.get("unigram_loss")),
-            *_stages(rows),
-            *_account(rows),
-            *_samples(samples),
-            *_config(config),
-            "</body></html>",
-            "",
-        ]
-    )
-    path = run_dir / "report.html"
-    draft = run_dir / "report.html.tmp"
-    draft.write_text(page, encoding="utf-8")
+    parts = [
+        _table(head_facts(rows, summary)),
+        "<h2>Curves</h2>",
+        _curves(rows, summary.get("unigram_loss")),
+        *_stages(rows),
+        *_account(rows),
+        *picture_cards(run_dir),
+        *_samples(samples),
+        *_config(config),
+    ]
+    return write_page(run_dir / "report.html", name, parts)
+
+
+def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
+    """A page of these parts, HTML each, in one stroke; returns the path."""
+    page = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{PAGE_STYLE}{CARDS_STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        *parts,
+        "</body></html>\n",
+    ]
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text("\n".join(page), encoding="utf-8")
     os.replace(draft, path)
     return path
 
@@ -207,6 +213,9 @@ def head_facts(rows: Rows, summary: dict[str, Any]) -> dict[str, str]:
         _, values = series(rows, EVAL_PREFIX + source)
         if values:
             facts[f"Final evaluation loss, {source}"] = f"{values[-1]:.4f}"
+    for key, source in score_names(rows).items():
+        _, values = series(rows, key)
+        facts[f"Final reading of {source}"] = f"{values[-1]:.1%}"
     for key, name in accuracies(rows).lines.items():
         _, values = series(rows, key)
         facts[f"Final accuracy, {name}"] = f"{values[-1]:.1%}"
@@ -294,7 +303,8 @@ def _curves(rows: Rows, unigram_loss: float | None) -> str:
         figures.append(
             _figure("Loss", partial(_draw_loss, rows=rows, unigram_loss=unigram_loss), wide=True)
         )
-    for panel in (*PANELS, accuracies(rows)):
+    reading = Panel("Reading of held-out images", "% of answers", score_names(rows), 100.0)
+    for panel in (*PANELS, accuracies(rows), reading):
         if any(series(rows, key)[0] for key in panel.lines):
             figures.append(_figure(panel.title, partial(_draw, rows=rows, panel=panel)))
     if not figures:

@@ -83,6 +83,8 @@ def stage_config(config: RunConfig, index: int) -> RunConfig:
     new.parallel = _merged(new.parallel, stage.parallel, f"stages.{name}.parallel")
     new.trainer = _merged(new.trainer, stage.trainer, f"stages.{name}.trainer")
     new.optim = _merged(new.optim, stage.optim, f"stages.{name}.optim")
+    new.preference = _merged(new.preference, stage.preference, f"stages.{name}.preference")
+    new.evaluation = _merged(new.evaluation, stage.evaluation, f"stages.{name}.evaluation")
     if stage.seq_len is not None:
         new.data.seq_len = stage.seq_len
     if stage.rope_theta is not None:
@@ -275,6 +277,7 @@ def _check_possible(stage: Stage) -> None:
 def _check_stage(config: RunConfig, name: str) -> None:
     """What a stage has beyond the keys of a run."""
     key, stage = f"stages.{name}", config.stages[name]
+    last = list(config.stages.values())[-1]
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
         raise ValueError(f"{key}: a stage's name is letters, digits, _ and -, a letter first")
     for own in _OF_THE_RUN:
@@ -289,6 +292,13 @@ def _check_stage(config: RunConfig, name: str) -> None:
     _check_late(config, key, stage)
     tokens = _tokens(config, stage)
     place = list(config.stages).index(name)
+    merged = stage_config(config, place)
+    patience = merged.preference.patience
+    if merged.objective == "preference" and patience is not None and stage is not last:
+        raise ValueError(
+            f"{key}.preference.patience={patience}: only a run's last stage can end early, for "
+            "the others begin after given tokens; set it to null there"
+        )
     largest = max(
         size
         for index in range(max(0, place - 1), place + 1)

@@ -5,9 +5,13 @@ classes. Its classes are those that occur. Each name is put into every template,
 of a class is the mean of those of its texts, scaled to length 1 again, as for CLIP.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from fulmen.data.loader import evaluation_batches
@@ -15,12 +19,36 @@ from fulmen.data.micro_batches import check_vision
 from fulmen.data.shards import PreparedSplit
 from fulmen.data.tokenise import load_tokenizer, tokenizer_path
 from fulmen.models.coca import Captions, CoCa
+from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.caption_inputs import caption_inputs, check_captions, move_captions, pad_rows
-from fulmen.trainer.config import RunConfig, ZeroShotConfig
+from fulmen.trainer.config import RunConfig, ZeroShotConfig, to_dataclass
+from fulmen.trainer.load import load_captioner
 from fulmen.trainer.run_log import log
+from fulmen.trainer.weights import load_run_config
 
 TEXTS_AT_ONCE = 256
+
+
+def classify_by_checkpoint(
+    checkpoint: Path,
+    folders: Mapping[str, ZeroShotConfig] | None,
+    *,
+    dtype: torch.dtype,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Accuracy on each folder, or on those of the run that wrote the checkpoint; all ranks call it.
+
+    `ValueError` for a checkpoint of another model, or if there are no folders.
+    """
+    tree = OmegaConf.merge(OmegaConf.structured(RunConfig), load_run_config(checkpoint))
+    config = to_dataclass(tree, RunConfig)
+    folders = config.evaluation.zero_shot if folders is None else folders
+    if not folders:
+        raise ValueError(f"{checkpoint} names no labelled folders: give path=FOLDER")
+    model = load_captioner(checkpoint, dtype=dtype, mesh=mesh, parallel=ParallelConfig())
+    opened = {name: ZeroShot(name, one, config, mesh) for name, one in folders.items()}
+    return {name: one.accuracy(model) for name, one in opened.items()}
 
 
 class ZeroShot:

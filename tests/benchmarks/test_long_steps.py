@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from fulmen.models.config import ModelConfig
 from fulmen.trainer.planner import GPUS
 
 pytestmark = pytest.mark.fast
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.fast
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import long_steps  # noqa: E402
+import train_step  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
 
@@ -74,3 +76,22 @@ def test_what_takes_too_long_is_left_out(tmp_path: Path) -> None:
     (row,) = long_steps.run_all(options, GPUS["h200"])
     assert row["error"].startswith("about ")
     assert "are left" in row["error"]
+
+
+MEASURED = BENCHMARKS / "results/long_steps_h200.jsonl"
+
+
+@pytest.mark.parametrize(
+    "row", [json.loads(line) for line in MEASURED.read_text().splitlines()], ids=str
+)
+def test_predictions_of_measured_steps(row: dict[str, Any]) -> None:
+    """Peak memory within 5 %; time within 10 % on one GPU, where cp keeps the host no busier."""
+    model = OmegaConf.load(BENCHMARKS.parent / "recipes/model/text01_1b.yaml")
+    config = ModelConfig(**(OmegaConf.to_container(model) | row["shape"]))
+    step = {key: row[key] for key in row.keys() & OmegaConf.create(train_step.DEFAULTS).keys()}
+    said = train_step.predict(
+        config, OmegaConf.merge(long_steps.STEP, step), row["ranks"], GPUS["h200"]
+    )
+    assert said["predicted_memory_gib"] == pytest.approx(row["peak_memory_gib"], rel=0.05)
+    if row["ranks"] == 1:
+        assert said["predicted_step_time_s"] == pytest.approx(row["step_time_s"], rel=0.1)

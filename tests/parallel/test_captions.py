@@ -54,7 +54,7 @@ def step(device: torch.device, stage: int, policy: str) -> tuple[dict, str]:
     output = model(pixels[rows], here, room=COUNT)
     assert isinstance(output, CoCaLosses)
     (2 * output.caption_loss_sum / 40 + output.contrastive_loss_sum / COUNT).backward()
-    sums = torch.stack([part.double() for part in output]).detach()
+    sums = torch.stack([part.double() for part in output[:3]]).detach()
     torch.distributed.all_reduce(sums)
     found = {"sums": sums, "norm": engine.clip_grad_norm(None)}
     for name, parameter in engine.parameters.items():

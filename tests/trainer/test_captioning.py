@@ -24,6 +24,7 @@ from fulmen.trainer.config import RunConfig, ZeroShotConfig
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.resize_tower import POSITIONS, resize_tower
+from fulmen.trainer.zero_shot import classify_by_checkpoint
 
 WORDS = ("red", "deep blue", "a green one")
 
@@ -132,11 +133,18 @@ def test_meshes_and_resumption(folders: dict[str, Path], tmp_path: Path) -> None
         assert torch.equal(tensor, again[name]), name
 
 
+def classified(device: torch.device, checkpoint: Path) -> dict[str, float]:
+    mesh = build_mesh(ParallelConfig(), device)
+    return classify_by_checkpoint(checkpoint, None, dtype=torch.float32, mesh=mesh)
+
+
 @pytest.mark.slow
 def test_a_tower_goes_on_with_larger_tiles(folders: dict[str, Path], tmp_path: Path) -> None:
     config = config_of(folders)
-    run_world(rows_of, 1, config, tmp_path / "small", 1)
+    rows = run_world(rows_of, 1, config, tmp_path / "small", 1)[0]
     small = tmp_path / "small" / "checkpoints" / "step_1"
+    (found,) = run_world(classified, 1, small)
+    assert found == {"words": rows[-1]["eval_zero_shot/words"]}
     resize_tower(small, tmp_path / "large", 42)
     assert config.model.vision is not None
     vision = replace(config.model.vision, tile_size=42)
@@ -262,6 +270,7 @@ def test_zero_shot_is_the_nearest_name(folders: dict[str, Path], tmp_path: Path)
     ("folder", "message"),
     [
         ("dynamic", r"data\.sources\.x: .* no images of one tile each.*resolution=fixed"),
+        ("talk", r"data\.sources\.x: .* has other documents: objective=coca learns from captions"),
         ("long", r"data\.sources\.x: .* document of \d+ tokens.*max_caption_tokens=20"),
     ],
 )

@@ -427,12 +427,17 @@ def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with open_logger(tmp_path) as metrics:
         metrics.log_step(step_row(120))
         metrics.log_step(step_row(400, mfu=0.4123, loss=math.nan, tokens=4_000_000))
+        metrics.log_step(step_row(120, loss=0.5, reward_margin=0.25, reward_accuracy=0.75))
         metrics.log_eval(400, 4_000_000, {"loss/stdlib": 4.1, "loss/docs": 4.25})
+        metrics.log_eval(400, 4_000_000, {"dpo_loss/a": 0.5, "reward_margin/a": -0.125})
     assert capsys.readouterr().err.splitlines() == [
         "step   120/400  tokens 1.2M  loss 4.312  grad 0.81  lr 1.0e-03  12.3k tok/s  mfu -  eta -",
         "step   400/400  tokens 4.0M  loss nan  grad 0.81  lr 1.0e-03  12.3k tok/s  mfu 41.2%"
         "  eta 0:00",
+        "step   120/400  tokens 1.2M  loss 0.500  margin 0.250  right 75%  grad 0.81  lr 1.0e-03"
+        "  12.3k tok/s  mfu -  eta -",
         "eval   400/400  tokens 4.0M  loss stdlib 4.100  docs 4.250",
+        "eval   400/400  tokens 4.0M  dpo_loss a 0.500  reward_margin a -0.125",
     ]
 
 

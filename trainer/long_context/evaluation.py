@@ -130,6 +130,9 @@ def _add_position_losses(
     is_first: bool,
 ) -> None:
     split = PreparedSplit(source.path, "valid", name=name, vocab_size=vocab_size, verify=False)
+    if split.images is not None:
+        console.print(f"position_loss: {name} has images, which it does not show: left out")
+        return
     # A longer length's curve holds a shorter one's, but of fewer documents.
     for length in settings.lengths:
         row = f"position_loss/{name}/{length}"
