@@ -207,6 +207,9 @@ class MakeImagesConfig:
     """Least and most pixels."""
     height: list[int] = field(default_factory=lambda: [32, 96])
     """Least and most pixels."""
+    cell: int | None = None
+    """Pixels of a typewriter's cells: each letter in a square of its own, from the left, on any
+    line; null = texts of all sizes at all places."""
     text_pairs: float = 0.3
     """Share of pairs without a picture."""
     shard_records: int = 1000

@@ -23,14 +23,15 @@ from fulmen.data.config import MakeImagesConfig
 # on white paper its brightness is all that a small model sees for thousands of steps.
 COLOURS = {
     "white": (255, 255, 255), "red": (255, 100, 100), "green": (100, 255, 100),
-    "blue": (100, 100, 255), "yellow": (255, 255, 100), "pink": (255, 100, 255),
+    "blue": (140, 160, 255), "yellow": (255, 255, 100), "pink": (255, 100, 255),
 }  # fmt: skip
 KINDS = ("digits", "words", "handwritten")
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+# Colours at full resolution: as small as these texts are, half of it would leave no letter.
 _FORMATS: tuple[tuple[str, str, dict[str, int]], ...] = (
     ("png", "PNG", {}),
-    ("jpg", "JPEG", {"quality": 90}),
-    ("webp", "WEBP", {"quality": 90}),
+    ("jpg", "JPEG", {"quality": 90, "subsampling": 0}),
+    ("webp", "WEBP", {"lossless": 1}),
 )
 # One text in this many is held out.
 _HELD_OUT_OF = 10
@@ -68,6 +69,14 @@ def _check(config: MakeImagesConfig) -> None:
             raise ValueError(f"{key}={value}: give the least and the most")
     if min(config.width[0], config.height[0]) < 16:
         raise ValueError(f"width={config.width}, height={config.height}: 16 pixels are the least")
+    if config.cell is not None:
+        if not 8 <= config.cell <= config.height[0]:
+            raise ValueError(f"cell={config.cell} must be 8 to the least height={config.height[0]}")
+        if config.letters[1] * config.cell > config.width[0]:
+            raise ValueError(
+                f"width={config.width}: {config.letters[1]} letters in cells of {config.cell} "
+                f"need {config.letters[1] * config.cell} pixels"
+            )
     if not 0 <= config.text_pairs <= 1:
         raise ValueError(f"text_pairs={config.text_pairs} must be in [0, 1]")
     if "handwritten" in config.kinds:
@@ -136,39 +145,62 @@ class _Picture:
         size = maker.between(maker.config.width), maker.between(maker.config.height)
         paper = tuple(int(one) for one in maker.rng.integers(100, 131, 3))
         image = Image.new("RGB", size, paper)
-        mask = (
-            _written(text, size) if kind != "handwritten" else _written_by_hand(maker, text, size)
-        )
-        left = int(maker.rng.integers(0, size[0] - mask.width + 1))
-        top = int(maker.rng.integers(0, size[1] - mask.height + 1))
-        image.paste(COLOURS[colour], (left, top), mask)
+        image.paste(COLOURS[colour], *_placed(maker, kind, text, size))
         self.ending, name, options = maker.choose(_FORMATS)
         buffer = io.BytesIO()
         image.save(buffer, name, **options)
         self.data = buffer.getvalue()
 
 
-def _written(text: str, size: tuple[int, int]) -> Image.Image:
-    """The text as a mask as large as fits in 90 % of a size."""
+def _placed(
+    maker: _Maker, kind: str, text: str, size: tuple[int, int]
+) -> tuple[tuple[int, int], Image.Image]:
+    """Left and top of a text, and the text as a mask."""
+    cell = maker.config.cell
+    if cell is None:
+        mask = _written_by_hand(maker, text) if kind == "handwritten" else _written(text)
+        mask = _fitted(mask, (0.9 * size[0], 0.9 * size[1]))
+        left = int(maker.rng.integers(0, size[0] - mask.width + 1))
+        return (left, int(maker.rng.integers(0, size[1] - mask.height + 1))), mask
+    line = int(maker.rng.integers(0, size[1] // cell))
+    if kind == "handwritten":
+        mask = _fitted(_written_by_hand(maker, text), (len(text) * cell, cell))
+    else:
+        mask = _typed(text, cell)
+    return (0, line * cell), mask
+
+
+def _written(text: str) -> Image.Image:
+    """A text as a mask without room around it."""
     font = ImageFont.load_default(48)
     left, top, right, bottom = (int(one) for one in font.getbbox(text))
     mask = Image.new("L", (right - left + 2, bottom - top + 2))
     ImageDraw.Draw(mask).text((1 - left, 1 - top), text, fill=255, font=font)
-    return _fitted(mask, size)
+    return mask
 
 
-def _fitted(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
-    scale = min(0.9 * size[0] / mask.width, 0.9 * size[1] / mask.height)
+def _typed(text: str, cell: int) -> Image.Image:
+    """Each letter in the middle of a square of its own, all on one line and of one size."""
+    font = ImageFont.load_default(cell)
+    mask = Image.new("L", (len(text) * cell, cell))
+    for place, letter in enumerate(text):
+        middle = ((place + 0.5) * cell, 0.78 * cell)
+        ImageDraw.Draw(mask).text(middle, letter, fill=255, font=font, anchor="ms")
+    return mask
+
+
+def _fitted(mask: Image.Image, size: tuple[float, float]) -> Image.Image:
+    """As large as fits in a size."""
+    scale = min(size[0] / mask.width, size[1] / mask.height)
     fitted = max(1, int(mask.width * scale)), max(1, int(mask.height * scale))
     return mask.resize(fitted, Image.Resampling.BICUBIC)
 
 
-def _written_by_hand(maker: _Maker, text: str, size: tuple[int, int]) -> Image.Image:
+def _written_by_hand(maker: _Maker, text: str) -> Image.Image:
     """The digits of scikit-learn side by side."""
     pictures, labels = _handwritten()
     glyphs = [maker.choose(pictures[labels == int(digit)]) for digit in text]
-    mask = Image.fromarray((np.concatenate(glyphs, 1) / 16 * 255).astype(np.uint8))
-    return _fitted(mask, size)
+    return Image.fromarray((np.concatenate(glyphs, 1) / 16 * 255).astype(np.uint8))
 
 
 def _handwritten() -> tuple[Any, Any]:
