@@ -94,24 +94,49 @@ class Checkpointer:
         Returns the trainer's state (empty for imported weights) and the names that the checkpoint
         does not have. A `model.*` tensor missing, left over or of another shape is an error.
         """
-        reader = dcp.FileSystemReader(path)
-        stored = reader.read_metadata().state_dict_metadata
+        stored = self._stored(path)
         absent = [name for name in tensors if name not in stored]
+        wanted = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name not in absent or name.startswith("model.")
+        }
+        self.load_some(path, wanted, all_of_it=True)
+        file = path / STATE_FILE
+        return (json.loads(file.read_text()) if file.exists() else {}), absent
+
+    def load_some(
+        self,
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        *,
+        all_of_it: bool = False,
+        spare: tuple[str, ...] = (),
+    ) -> None:
+        """Fill `tensors` in place; one that is missing or of another shape is an error.
+
+        With `all_of_it` so is a `model.*` tensor of the checkpoint that is not wanted, unless its
+        name begins like one of `spare`.
+        """
+        stored = self._stored(path)
         for name, tensor in tensors.items():
-            if name in absent and name.startswith("model."):
+            if name not in stored:
                 raise CheckpointError(f"{path} is of another model: it has no {name}")
-            size = getattr(stored.get(name), "size", tensor.shape)
+            size = getattr(stored[name], "size", tensor.shape)
             if size != tensor.shape:
                 raise CheckpointError(
                     f"{path}: {name} has shape {tuple(size)}, this model's is {tuple(tensor.shape)}"
                 )
-        for name in stored:
-            if name.startswith("model.") and name not in tensors:
+        for name in stored if all_of_it else ():
+            known = name in tensors or name.startswith(spare)
+            if name.startswith("model.") and not known:
                 raise CheckpointError(f"{path} is of another model: it has {name}")
-        wanted = {name: tensor for name, tensor in tensors.items() if name not in absent}
-        dcp.load(wanted, storage_reader=reader, process_group=self._group)
-        file = path / STATE_FILE
-        return (json.loads(file.read_text()) if file.exists() else {}), absent
+        reader = dcp.FileSystemReader(path)
+        dcp.load(dict(tensors), storage_reader=reader, process_group=self._group)
+
+    @staticmethod
+    def _stored(path: Path) -> Mapping[str, Any]:
+        return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
 
     def _copy_to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies in host memory that is kept for the next save; sharded as the originals are."""

@@ -130,6 +130,8 @@ class CheckpointConfig:
     """Newest checkpoints to keep; older ones are deleted."""
     resume: str = "auto"
     """auto (the newest whole one of this run, if any), never, or a checkpoint folder."""
+    tower: str | None = None
+    """Checkpoint folder whose vision tower a run takes where it begins, such as one of vl01_vit."""
 
 
 @dataclass

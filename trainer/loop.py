@@ -31,8 +31,8 @@ from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
 from fulmen.trainer.sources import open_held_out, open_loader
 from fulmen.trainer.stages import drawn_sources, list_stages, run_tokens
-from fulmen.trainer.start import Start, find_start
-from fulmen.trainer.weights import changed_keys, check_same_model
+from fulmen.trainer.start import Start, find_start, load_first_weights
+from fulmen.trainer.weights import PREFIX, changed_keys, check_same_model
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "language_modelling": LanguageModelling,
@@ -231,18 +231,18 @@ class Trainer:
 
     def _resume(self) -> dict[str, Any]:
         """Load the checkpoint to start from; returns its trainer's state, if it has one."""
-        path = self.start.checkpoint
-        if path is None:
-            return {}
         phase("resume")
+        tensors = self._tensors()
+        if self.start.anew:
+            weights = {name: one for name, one in tensors.items() if name.startswith(PREFIX)}
+            load_first_weights(self.start, self.checkpointer, weights)
+            return {}
+        path = self.start.checkpoint
+        assert path is not None
         check_same_model(path, self.start.origin.model)
         for change in changed_keys(path, self.start.origin):
             log.warning("differs from %s: %s", path.name, change)
-        tensors = self._tensors()
         state, absent = self.checkpointer.load(path, tensors)
-        if not state:
-            log.info("starting at step 0 from the weights of %s", path)
-            return {}
         steps = state["optimizer_steps"]
         if isinstance(steps, int):  # of a version without frozen parts
             steps = dict.fromkeys(self.engine.trainable, steps)
@@ -311,8 +311,8 @@ class Trainer:
     @property
     def _weights(self) -> str:
         """What tells the weights that the trainer began with from others."""
-        path = self.start.checkpoint
-        return f"seed {self.config.seed}" if path is None else checksum(path / MANIFEST)
+        paths = [path for path in (self.start.checkpoint, self.start.tower) if path is not None]
+        return "+".join(checksum(path / MANIFEST) for path in paths) or f"seed {self.config.seed}"
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0
