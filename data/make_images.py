@@ -26,7 +26,7 @@ COLOURS = {
     "blue": (140, 160, 255), "yellow": (255, 255, 100), "pink": (255, 100, 255),
 }  # fmt: skip
 KINDS = ("digits", "words", "handwritten")
-_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+_CONSONANTS, _VOWELS = "BDFGKLMNPRSTVZ", "AEIOU"
 # Colours at full resolution: as small as these texts are, half of it would leave no letter.
 _FORMATS: tuple[tuple[str, str, dict[str, int]], ...] = (
     ("png", "PNG", {}),

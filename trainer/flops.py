@@ -144,8 +144,8 @@ def count_passes_by_part(
     """
     counts: dict[str, list[tuple[int, float]]] = {}  # numbers of a matrix, and its passes
     layers: dict[str, list[tuple[str, int, bool]]] = {}
-    # What sees comes first, for its features go through all layers; its own order is enough.
-    for name, shape in sorted(shapes, key=lambda shape: not shape[0].startswith(_SEEING)):
+    # What sees comes first, for its features go through all layers.
+    for name, shape in sorted(shapes, key=lambda shape: _order(shape[0])):
         layer = name.split(".")[1] if name.startswith("layers.") else name
         layers.setdefault(layer, []).append((name, prod(shape), name not in frozen))
     below = False  # whether anything trains that the layer's input comes from
@@ -179,6 +179,11 @@ _BEFORE_CORE = (
     "k_proj.weight",
     "v_proj.weight",
 )
+
+
+def _order(name: str) -> int:
+    """Of what sees by its way through the model, where its parameters' order is another."""
+    return next((n for n, begin in enumerate(_SEEING) if name.startswith(begin)), len(_SEEING))
 
 
 def _part(name: str, kind: str) -> str:

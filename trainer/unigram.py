@@ -15,10 +15,11 @@ def unigram_loss(
     held_out: Mapping[str, PreparedSplit],
     weights: Mapping[str, float],
 ) -> float:
-    """Cross entropy in nats of held-out tokens under the training data's token frequencies.
+    """Cross entropy in nats of held-out labels under the frequencies of the training data's.
 
-    Frequencies are those of at most the first 20 M tokens of each source, plus one per token of
-    the vocabulary; sources are mixed by their weights, in training and in held-out data alike.
+    Frequencies are those of labels among at most the first 20 M tokens of each source, plus one per
+    token of the vocabulary; sources are mixed by their weights, in training and in held-out data
+    alike. What is never to be predicted, such as image tokens and questions, does not count.
     """
     model: npt.NDArray[np.float64] = np.zeros(1)
     data: npt.NDArray[np.float64] = np.zeros(1)
@@ -33,7 +34,10 @@ def unigram_loss(
 
 def _count(split: PreparedSplit) -> npt.NDArray[np.float64]:
     counts, left = np.zeros(split.vocab_size), MAX_TOKENS
-    for tokens in split.tokens:
-        counts += np.bincount(tokens[:left], minlength=split.vocab_size)
-        left -= len(tokens[:left])
+    for shard, tokens in enumerate(split.tokens):
+        tokens = tokens[:left]
+        left -= len(tokens)
+        if split.images is not None:
+            tokens = tokens[split.images.masks[shard][: len(tokens)] > 0]
+        counts += np.bincount(tokens, minlength=split.vocab_size)
     return counts

@@ -267,6 +267,39 @@ def test_passes_within_a_layer() -> None:
     assert first["softmax_core"] == 1
 
 
+def test_passes_of_a_frozen_language_model_or_tower() -> None:
+    model = replace(
+        tiny_model(),
+        vision=VisionConfig(
+            num_layers=1, hidden_size=16, num_attention_heads=2, mlp_hidden_size=24, tile_size=28,
+            patch_size=14, image_token_id=7,
+        ),
+    )  # fmt: skip
+    shapes = count_model(model).shapes
+    language = ("embed_tokens", "layers", "norm", "lm_head")
+    parts = forward_flops(model, num_tokens=1, sum_squared_lengths=1, num_assignments=1)
+
+    def frozen(*begin: str) -> dict[str, float]:
+        return count_passes_by_part(shapes, {n for n, _ in shapes if n.startswith(begin)})
+
+    # Stage I: gradients of inputs alone all the way down to the projector.
+    aligned = frozen(*language)
+    assert (aligned.pop("vision_tower"), aligned.pop("projector")) == (3, 3)
+    cores = {"softmax_core": 3, "lightning_core": 3}
+    rest = set(parts) - {"vision_tower", "projector"}
+    assert aligned == dict.fromkeys(rest, 2) | cores
+
+    # A frozen tower runs forward only. Of the projector, 16 x 32 then 32 x 32, the first matrix
+    # needs no gradient of its input.
+    fixed = frozen("vision_tower")
+    assert fixed.pop("vision_tower") == 1
+    assert fixed.pop("projector") == pytest.approx((2 * 512 + 3 * 1024) / 1536)
+    assert set(fixed.values()) == {3}
+    # With the projector frozen too nothing of it has a backward pass.
+    text = frozen("vision_tower", "multi_modal_projector", "image_newline")
+    assert (text["vision_tower"], text["projector"], text["head"]) == (1, 1, 3)
+
+
 def test_frozen_parts_are_left_out_of_the_utilisation() -> None:
     parts = {"num_tokens": 7, "sum_squared_lengths": 49, "num_assignments": 42}
     forward = forward_flops(tiny_model(), **parts)

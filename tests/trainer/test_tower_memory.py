@@ -13,6 +13,7 @@ from fulmen.models.init import init_model
 from fulmen.models.vl import Images, build_model
 from fulmen.parallel import checkpointing
 from fulmen.parallel.config import ParallelConfig
+from fulmen.trainer.config import GroupConfig
 from fulmen.trainer.memory import count_model, find_peak, list_units, moments
 from fulmen.trainer.planner import GPUS, Assumptions, predict_step, step_flops
 from fulmen.trainer.tower_memory import tower_activations
@@ -116,3 +117,34 @@ def test_memory_and_work_of_a_model_that_sees() -> None:
     # A micro-batch of 32 tokens a rank, half of them elsewhere, there and back in bf16.
     assert with_images.exchange_gb["patches"] * 1e9 == pytest.approx(2 * 32 * 64 * 2 / 2)
     assert "patches" not in step.exchange_gb
+
+
+def test_frozen_parts_have_no_gradients_and_no_moments() -> None:
+    config = tiny_config("none")
+    config.parallel = ParallelConfig(zero_stage=1)
+    config.model = vl_model()
+    # By hand: patches 48 x 64; class token and 65 positions of 64; the first norm; three blocks.
+    block = 4 * (64 * 64 + 64) + 2 * 64 * 96 + 96 + 64 + 4 * 64
+    tower = 48 * 64 + 66 * 64 + 2 * 64 + 3 * block
+    projector = 64 * 32 + 32 + 32 * 32 + 32
+    newline = 32
+    total = count_model(config.model).total
+    groups = {
+        "eyes": GroupConfig("vision_tower|multi_modal_projector|image_newline"),
+        "language": GroupConfig("embed_tokens|layers|norm|lm_head"),
+    }
+
+    def trained() -> int:
+        return sum(unit.trained_whole for unit in list_units(config, 1))
+
+    def state() -> int:
+        """Bytes of weights, and of moments of what trains."""
+        return find_peak(config, 1, 1)["moments"]
+
+    config.optim.groups = groups
+    assert (trained(), state()) == (total, 8 * total)
+    groups["language"].frozen = True
+    eyes = tower + projector + newline
+    assert (trained(), state()) == (eyes, 8 * eyes)
+    groups["language"].frozen, groups["eyes"].frozen = False, True
+    assert (trained(), state()) == (total - eyes, 8 * (total - eyes))

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from support.folders import write_folder
+from support.seeing import write_conversations
 
 from fulmen.data.shards import PreparedSplit
+from fulmen.data.tokenise import load_tokenizer
 from fulmen.trainer.unigram import unigram_loss
 
 pytestmark = pytest.mark.fast
@@ -24,3 +26,17 @@ def test_unigram_loss_by_hand(tmp_path: Path) -> None:
     data = [0.75 * 2 / 4, 0.75 * 1 / 4, 0.75 * 1 / 4, 0.25]
     expected = -sum(d * math.log(m) for d, m in zip(data, mixed, strict=True))
     assert unigram_loss(train, held_out, {"a": 3.0, "b": 1.0}) == pytest.approx(expected)
+
+
+def test_only_labels_count(tmp_path: Path) -> None:
+    path = write_conversations(tmp_path, answer="yes", count=20)
+    train, held_out = (
+        PreparedSplit(path, split, name="a", vocab_size=300) for split in ("train", "valid")
+    )
+    # Of every document these have labels, each once: the answer, and the end of its turn.
+    tokenizer = load_tokenizer(str(path / "tokenizer.json"))
+    labels = [*tokenizer.encode("yes", add_special_tokens=False).ids, "end of the turn"]
+    assert len(set(labels)) == len(labels)
+    share = (train.num_documents + 1) / (train.num_documents * len(labels) + 300)
+    loss = unigram_loss([train], {"a": held_out}, {"a": 1.0})
+    assert loss == pytest.approx(-math.log(share))
