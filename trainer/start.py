@@ -19,6 +19,7 @@ from torch import Tensor
 from fulmen.trainer.checkpoint import STATE_FILE, Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.manifest import CheckpointError
+from fulmen.trainer.memory import frozen_of
 from fulmen.trainer.run_log import log
 from fulmen.trainer.stages import Stage, list_stages, stage_at, stage_config
 from fulmen.trainer.weights import PREFIX, check_same_model, load_model_config
@@ -90,26 +91,35 @@ def load_first_weights(
     A text model's may lack what only a VL model has: that keeps its initial values, or comes from
     `checkpoint.tower`. Anything else that is missing, left over or of another shape is an error.
     """
-    wanted = dict(weights)
+    wanted, initial = dict(weights), set[str]()
     if start.tower is not None:
         # Of a tower's own pretraining; its captioner is left.
         tower = {name: wanted.pop(name) for name in weights if name.startswith(PREFIX + TOWER)}
         checkpointer.load_some(start.tower, tower)
         log.info("vision tower: %d tensors of %s", len(tower), start.tower)
-    if start.checkpoint is not None:
+    if start.checkpoint is None:
+        initial = set(wanted)
+    else:
         model = start.stage.config.model
-        stored = load_model_config(start.checkpoint)
-        if stored.vision is None and model.vision is not None:
+        if _lacks_eyes(start.checkpoint, start.stage.config):
             model = dataclasses.replace(model, vision=None)
-            initial = [name for name in wanted if name.startswith(tuple(PREFIX + e for e in EYES))]
-            for name in initial:
-                wanted.pop(name)
-            for part, count in Counter(name.split(".")[1] for name in initial).items():
-                log.info("%s: %d tensors have their initial values", part, count)
+            initial = {name for name in wanted if name.startswith(tuple(PREFIX + e for e in EYES))}
         check_same_model(start.checkpoint, model)
         left = (PREFIX + TOWER,) if start.tower is not None else ()
-        checkpointer.load_some(start.checkpoint, wanted, spare=left, all_of_it=True)
+        known = {name: wanted[name] for name in wanted if name not in initial}
+        checkpointer.load_some(start.checkpoint, known, spare=left, all_of_it=True)
         log.info("starting at step 0 from the weights of %s", start.checkpoint)
+    if len(initial) < len(weights):
+        for part, count in sorted(Counter(name.split(".")[1] for name in initial).items()):
+            log.info("%s: %d tensors have their initial values", part, count)
+    frozen = [name for name in frozen_of(start.stage.config) if PREFIX + name in initial]
+    if frozen:
+        log.warning(
+            "%d parameters that are frozen have initial values, the first is %s: is a checkpoint "
+            "missing (checkpoint.resume, checkpoint.tower)?",
+            len(frozen),
+            min(frozen),
+        )
 
 
 def _lacks_eyes(path: Path | None, config: RunConfig) -> bool:

@@ -151,7 +151,7 @@ def tower_names(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def test_what_is_missing_keeps_its_initial_values(
-    folders: dict[str, Path], one_rank: torch.device, tmp_path: Path
+    folders: dict[str, Path], one_rank: torch.device, tmp_path: Path, messages: list[str]
 ) -> None:
     initial = begin(seeing_config(folders["images"]), tmp_path / "initial")[1]
     text, tower = read_checkpoint(folders["text"]), read_checkpoint(folders["tower"])
@@ -162,10 +162,12 @@ def test_what_is_missing_keeps_its_initial_values(
     for name in names:
         assert torch.equal(alone[name], (initial if is_of_the_eyes(name) else text)[name]), name
         assert torch.equal(both[name], tower[name] if name in tower_names(tower) else alone[name])
-    # The tower alone, behind a language model of initial values.
+    # The tower alone, before a frozen language model of initial values, which is no use.
+    assert not any("have initial values" in message for message in messages)
     only = begin(aligning(folders, resume="auto", tower=folders["tower"]), tmp_path / "only")[1]
     for name in names:
         assert torch.equal(only[name], (tower if name in tower_names(tower) else initial)[name])
+    assert any("frozen have initial values, the first is" in line for line in messages)
 
 
 def test_a_tower_takes_the_place_of_another(
