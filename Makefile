@@ -13,13 +13,14 @@ TEST_WORKERS ?= 2
 BENCH ?= model=text01_tiny dtype=float32 micro_batch_tokens=2048 document_tokens=512 steps=20
 DATA := data_cache/stdlib
 QUESTIONS := data_cache/retrieval
+VL := data_cache/vl
 STAMP := $(VENV)/.fulmen-setup
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup data questions pretrain pretrain-stages test test-gpu test-mesh test-stages test-fast check bench clean
+.PHONY: help setup data questions pretrain pretrain-stages vl-data pretrain-vl test test-gpu test-mesh test-stages test-fast check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +66,43 @@ pretrain-stages: $(STAMP) data questions  ## the stages of the 1M-token recipe, 
 		recipe=text01_tiny_1m run_id=$(RUN_ID) $(ARGS)
 	@echo "== done: open runs/text01_tiny_1m/$(RUN_ID)/report.html"
 
+# Pages of a typewriter, and the tiles that they are cut into: each letter is a patch.
+PAGE := width=[48,48] height=[48,48] cell=12
+TILES := tile_size=48 patch_size=12 max_tiles_per_side=3 max_tiles=6
+MAKE_IMAGES := $(BIN)/python launch/make_images.py $(PAGE)
+PREPARE_VL := $(BIN)/python launch/prepare_images.py $(TILES) validation_fraction=0
+SAME := tokenizer=$(VL)/conversations
+
+vl-data: $(VL)/labelled/manifest.json  ## numbers and words as pictures: captions, conversations, pairs
+
+$(VL)/labelled/manifest.json: | $(STAMP)
+	@echo "== making $(VL) (a minute)"
+	@rm -rf $(VL)
+	@$(MAKE_IMAGES) output=$(VL)/made captions=8000 conversations=8000 texts=3000 pairs=1500
+	@$(MAKE_IMAGES) output=$(VL)/later captions=0 conversations=2000 pairs=0 seed=1
+	@$(MAKE_IMAGES) output=$(VL)/numbers captions=0 conversations=0 pairs=0 held_out=0 labelled=400 \
+		kinds=[digits] letters=[2,2] seed=2
+	@$(PREPARE_VL) input=$(VL)/made/conversations output=$(VL)/conversations vocab_size=312 \
+		'held_out=$(VL)/made/conversations/held_out*'
+	@$(PREPARE_VL) input=$(VL)/made/conversations output=$(VL)/aligned $(SAME) resolution=fixed \
+		'held_out=$(VL)/made/conversations/held_out*'
+	@$(PREPARE_VL) input=$(VL)/made/captions output=$(VL)/captions $(SAME) resolution=fixed \
+		'held_out=$(VL)/made/captions/held_out*'
+	@$(PREPARE_VL) input=$(VL)/made/texts output=$(VL)/texts $(SAME) 'held_out=$(VL)/made/texts/held_out*'
+	@$(PREPARE_VL) input=$(VL)/made/pairs output=$(VL)/pairs $(SAME) 'held_out=$(VL)/made/pairs/held_out*'
+	@$(PREPARE_VL) input=$(VL)/later/conversations output=$(VL)/experience $(SAME) \
+		'held_out=$(VL)/later/conversations/held_out*'
+	@$(PREPARE_VL) input=$(VL)/numbers/labelled output=$(VL)/labelled $(SAME) resolution=fixed \
+		validation_fraction=1
+
+pretrain-vl: $(STAMP) vl-data  ## a small VL-01 that learns to read: its tower, then all stages
+	@echo "== training runs/vl01_vit_tiny/$(RUN_ID), then runs/vl01_tiny/$(RUN_ID) (some minutes)"
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 launch/pretrain.py recipe=vl01_vit_tiny run_id=$(RUN_ID)
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 launch/pretrain.py recipe=vl01_tiny run_id=$(RUN_ID) \
+		checkpoint.tower=runs/vl01_vit_tiny/$(RUN_ID)/checkpoints/latest $(ARGS)
+	@$(BIN)/python launch/evaluate.py run=runs/vl01_tiny/$(RUN_ID) tasks=[reading] 'sources=[conversations]'
+	@echo "== done: open runs/vl01_tiny/$(RUN_ID)/report.html"
+
 test: $(STAMP)  ## every test
 	@echo "== running the tests"
 	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
@@ -75,7 +113,7 @@ test-gpu: $(STAMP)  ## the tests that need a GPU, on a machine that has one
 test-mesh: $(STAMP)  ## the whole grid of meshes against one process (many minutes)
 	@$(BIN)/python -m pytest -m mesh
 
-test-stages: $(STAMP) data questions  ## all stages, killed in each and moved to other meshes (minutes)
+test-stages: $(STAMP) data questions  ## stages of text01_tiny_1m and vl01_tiny, killed in each and moved (minutes)
 	@$(BIN)/python -m pytest -m stages
 
 test-fast: $(STAMP)  ## the tier for each save
