@@ -14,6 +14,8 @@ BENCH ?= model=text01_tiny dtype=float32 micro_batch_tokens=2048 document_tokens
 DATA := data_cache/stdlib
 QUESTIONS := data_cache/retrieval
 VL := data_cache/vl
+# Pictures with captions, and conversations, of `make vl-data`; of everything else a fourth.
+VL_RECORDS ?= 8000
 STAMP := $(VENV)/.fulmen-setup
 
 export OMP_NUM_THREADS ?= 1
@@ -71,6 +73,7 @@ PAGE := width=[48,48] height=[48,48] cell=12
 TILES := tile_size=48 patch_size=12 max_tiles_per_side=3 max_tiles=6
 MAKE_IMAGES := $(BIN)/python launch/make_images.py $(PAGE)
 PREPARE_VL := $(BIN)/python launch/prepare_images.py $(TILES) validation_fraction=0
+FEWER = $(shell expr $(VL_RECORDS) / 4)
 SAME := tokenizer=$(VL)/conversations
 
 vl-data: $(VL)/labelled/manifest.json  ## numbers and words as pictures: captions, conversations, pairs
@@ -78,8 +81,9 @@ vl-data: $(VL)/labelled/manifest.json  ## numbers and words as pictures: caption
 $(VL)/labelled/manifest.json: | $(STAMP)
 	@echo "== making $(VL) (a minute)"
 	@rm -rf $(VL)
-	@$(MAKE_IMAGES) output=$(VL)/made captions=8000 conversations=8000 texts=3000 pairs=1500
-	@$(MAKE_IMAGES) output=$(VL)/later captions=0 conversations=2000 pairs=0 seed=1
+	@$(MAKE_IMAGES) output=$(VL)/made captions=$(VL_RECORDS) \
+		conversations=$(VL_RECORDS) texts=$(FEWER) pairs=$(FEWER)
+	@$(MAKE_IMAGES) output=$(VL)/later captions=0 conversations=$(FEWER) pairs=0 seed=1
 	@$(MAKE_IMAGES) output=$(VL)/numbers captions=0 conversations=0 pairs=0 held_out=0 labelled=400 \
 		kinds=[digits] letters=[2,2] seed=2
 	@$(PREPARE_VL) input=$(VL)/made/conversations output=$(VL)/conversations vocab_size=312 \
