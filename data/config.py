@@ -198,7 +198,7 @@ class MakeImagesConfig:
     labelled: int = 0
     """Pictures of texts that captions have too, with the text alone: for classification."""
     held_out: int = 200
-    """Records of each sort with texts that the others never have, in held_out-*.tar."""
+    """Records of each sort that is made, with texts that none of the others have."""
     kinds: list[str] = field(default_factory=lambda: ["digits", "words"])
     """What is written: digits, words, or handwritten (scikit-learn's digits)."""
     letters: list[int] = field(default_factory=lambda: [2, 4])

@@ -45,7 +45,7 @@ def make_images(config: MakeImagesConfig) -> dict[str, int]:
     for part, make in _PARTS.items():
         for held_out in (False, True):
             count = config.held_out if held_out else getattr(config, part)
-            if held_out and part == "labelled":
+            if held_out and (part == "labelled" or not getattr(config, part)):
                 continue
             for first in range(0, count, config.shard_records):
                 last = min(first + config.shard_records, count)

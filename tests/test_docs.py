@@ -45,8 +45,8 @@ TINY = [
     "evaluation.max_tokens=512",
 ]
 
-# The same for a tower with a captioner, which has no experts.
-TINY_TOWER = ["trainer.max_steps=2", "evaluation.max_tokens=512"]
+# The same for recipes of pictures, whose own sizes are small enough.
+TINY_SEEING = ["trainer.max_steps=2", "evaluation.max_tokens=512"]
 
 # Stands for torchrun: at most two processes, and every training run becomes tiny.
 TORCHRUN = """#!/bin/sh
@@ -59,7 +59,7 @@ if "--nproc-per-node" in words:
     at = words.index("--nproc-per-node") + 1
     words[at] = str(min(2, int(words[at])))
 if "launch/pretrain.py" in words:
-    words += {tower} if any("vl01_vit" in word for word in words) else {tiny}
+    words += {seeing} if any("vl01" in word for word in words) else {tiny}
 os.execv(words[0], words)
 """
 
@@ -85,7 +85,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / ".venv" / entry.name).symlink_to(entry)
     (folder / ".venv" / ".fulmen-setup").touch()
     (folder / "bin").mkdir()
-    (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY, tower=TINY_TOWER))
+    (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY, seeing=TINY_SEEING))
     torchrun = folder / "bin" / "torchrun"
     torchrun.write_text(TORCHRUN.format(python=sys.executable, folder=folder))
     torchrun.chmod(0o755)
@@ -100,6 +100,7 @@ def test_every_command_runs(checkout: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "ARGS": " ".join(TINY),
         "RUN_ID": "made",
+        "VL_RECORDS": "80",
     }
     todo = [line for document in DOCUMENTS for line in commands(document)]
     assert len(todo) > 10

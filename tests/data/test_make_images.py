@@ -62,7 +62,7 @@ def test_labelled_pictures_have_the_text_alone(tmp_path: Path) -> None:
 def texts_of(sample: dict[str, bytes]) -> list[str]:
     """All that is written in the pictures of a sample."""
     if "txt" in sample:
-        return [sample["txt"].decode().split()[2]]
+        return [sample["txt"].decode().split()[2].strip('"')]
     record = json.loads(sample["json"])
     if "chosen" in record:
         return [record["chosen"]]
@@ -88,6 +88,23 @@ def test_the_picture_shows_its_colour(tmp_path: Path) -> None:
         pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
         near = np.abs(pixels - colour).max(-1) < 40
         assert 5 < near.sum() < near.size / 2
+
+
+def test_typed_letters_stand_in_cells_of_their_own(tmp_path: Path) -> None:
+    page = {"width": [48, 48], "height": [36, 36], "cell": 12}
+    lines = set()
+    for sample in samples(made(tmp_path / "a", **page)["captions/train-00000.tar"]):
+        text = sample.pop("txt").decode().split()[2].strip('"')
+        (data,) = sample.values()
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
+        assert pixels.shape == (36, 48, 3)
+        # Somewhat brighter than the paper, in three lines of four cells; JPEG blurs a little.
+        written = pixels.max(-1) - np.median(pixels, (0, 1)).max() > 60
+        cells = written.reshape(3, 12, 4, 12).sum((1, 3)) > 3
+        (line,) = np.flatnonzero(cells.any(1))
+        assert cells[line].tolist() == [place < len(text) for place in range(4)], text
+        lines.add(int(line))
+    assert lines == {0, 1, 2}
 
 
 def test_wrong_answers_differ_by_one_letter(tmp_path: Path) -> None:
@@ -125,6 +142,8 @@ def test_every_part_can_be_prepared(tmp_path: Path) -> None:
         ({"letters": [3, 2]}, "letters="),
         ({"width": [4, 20]}, "width="),
         ({"text_pairs": 2.0}, "text_pairs="),
+        ({"cell": 4}, "cell=4 must be"),
+        ({"cell": 12, "width": [40, 48]}, "4 letters in cells of 12 need 48 pixels"),
     ],
 )
 def test_wrong_keys_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
