@@ -51,7 +51,9 @@ setup(
             "transformers",
             "types-PyYAML",
             "triton",
+            "wandb-workspaces",
         ],
+        "dashboard": ["wandb-workspaces==0.4.13"],
         "transformers": ["transformers>=5"],
     },
     entry_points={
@@ -63,6 +65,8 @@ setup(
             "fulmen-make-images = fulmen.launch.make_images:main",
             "fulmen-make-retrieval = fulmen.launch.make_retrieval:main",
             "fulmen-fit-scaling = fulmen.launch.fit_scaling:main",
+            "fulmen-dashboard = fulmen.launch.dashboard:main",
+            "fulmen-report = fulmen.launch.report:main",
             "fulmen-generate = fulmen.launch.generate:main",
             "fulmen-export-hf = fulmen.launch.export_hf:main",
             "fulmen-import-hf = fulmen.launch.import_hf:main",
