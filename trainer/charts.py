@@ -52,10 +52,9 @@ def chart_evaluation(values: Mapping[str, float]) -> dict[str, float]:
 def draw_load(load: Load, cell: int = 1) -> np.ndarray:
     """A heat map of experts' loads, (layers * cell, experts * cell, 3) bytes of RGB.
 
-    1 is a fair share and pale; no work is blue, four times as much as fair and more is red. A
-    layer without a load to speak of (NaN) is pale too.
+    1 is a fair share and pale; no work is blue, four times as much as fair and more is red.
     """
-    shares = np.nan_to_num(np.asarray(load, dtype=np.float64), nan=1.0)
+    shares = np.asarray(load, dtype=np.float64)
     busy = np.log2(np.clip(shares, 1.0, 4.0))[..., None] / 2
     idle = 1.0 - np.clip(shares, 0.0, 1.0)[..., None]
     fair = np.array(_FAIR)
