@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -45,9 +47,14 @@ TINY = [
     "evaluation.max_tokens=512",
 ]
 
-# Stands for torchrun: at most two processes, and every training run becomes tiny.
+# Stand for python and torchrun: processes forked from one that has imported torch, two at most, and
+# every training run becomes tiny. What make runs is the environment's own.
+PYTHON = """#!/bin/sh
+exec {real} -I -S {warm} run {folder}/socket "$@"
+"""
 TORCHRUN = """#!/bin/sh
-exec {python} {folder}/shrink.py {python} -m torch.distributed.run "$@"
+PYTHON_EXEC={folder}/bin/python exec {real} -I -S {folder}/shrink.py {folder}/bin/python \\
+    -m torch.distributed.run "$@"
 """
 SHRINK = """
 import os, sys
@@ -68,7 +75,7 @@ def commands(document: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that looks like a checkout, whose runs and data are its own."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ["launch", "recipes", "docs", "benchmarks"]:
@@ -83,10 +90,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".venv" / ".fulmen-setup").touch()
     (folder / "bin").mkdir()
     (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY))
-    torchrun = folder / "bin" / "torchrun"
-    torchrun.write_text(TORCHRUN.format(python=sys.executable, folder=folder))
-    torchrun.chmod(0o755)
-    return folder
+    for name, text in (("python", PYTHON), ("torchrun", TORCHRUN)):
+        program = folder / "bin" / name
+        program.write_text(text.format(real=sys.executable, warm=warm.__file__, folder=folder))
+        program.chmod(0o755)
+    with warm.server(folder / "socket"):
+        yield folder
 
 
 @pytest.mark.slow
