@@ -5,9 +5,11 @@ with TRITON_INTERPRET=1 (`run_in_interpreter`). Triton 3.6 interprets only besid
 later ones beside any.
 """
 
+import inspect
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,29 @@ compiles_only = pytest.mark.skipif(
     RUNS_KERNELS, reason="for machines that compile Triton kernels and cannot run them"
 )
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="slow in the interpreter, and nothing new")
+
+
+def _remember_members() -> None:
+    """Triton lists the members of triton.language at each call of a function: a third of the time
+    of interpreted tests. They are the same each time."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @cache
+    def builtins_of(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        for name in builtins_of(package):
+            member = getattr(package, name)
+            if is_builtin(member):  # no longer, where a caller's patch holds
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if INTERPRETED:
+    _remember_members()
 
 
 def on_kernels(function: Any) -> Any:
