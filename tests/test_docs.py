@@ -50,11 +50,11 @@ TINY = [
 # Stand for python and torchrun: processes forked from one that has imported torch, two at most, and
 # every training run becomes tiny. What make runs is the environment's own.
 PYTHON = """#!/bin/sh
-exec {real} -I -S {warm} run {folder}/socket "$@"
+exec {warm} "$@"
 """
 TORCHRUN = """#!/bin/sh
-PYTHON_EXEC={folder}/bin/python exec {real} -I -S {folder}/shrink.py {folder}/bin/python \\
-    -m torch.distributed.run "$@"
+export PYTHON_EXEC={folder}/bin/python
+exec {real} -I -S {folder}/shrink.py $PYTHON_EXEC -m torch.distributed.run "$@"
 """
 SHRINK = """
 import os, sys
@@ -92,9 +92,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY))
     for name, text in (("python", PYTHON), ("torchrun", TORCHRUN)):
         program = folder / "bin" / name
-        program.write_text(text.format(real=sys.executable, warm=warm.__file__, folder=folder))
+        command = " ".join(warm.python(folder / "socket"))
+        program.write_text(text.format(real=sys.executable, warm=command, folder=folder))
         program.chmod(0o755)
-    with warm.server(folder / "socket"):
+    with warm.start(folder / "socket"):
         yield folder
 
 

@@ -8,15 +8,18 @@ later ones beside any.
 import inspect
 import os
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from support import warm
+
+_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RUNS_KERNELS = INTERPRETED or torch.cuda.is_available()
@@ -59,12 +62,20 @@ def on_kernels(function: Any) -> Any:
     return pytest.mark.gpu(skip(function))
 
 
+@cache
+def _interpreting() -> tuple[Path, Any]:
+    """Socket of a server of processes where Triton interprets, and what ends with this process."""
+    folder = TemporaryDirectory()
+    socket = Path(folder.name) / "socket"
+    return socket, (folder, warm.start(socket, _ENVIRONMENT))
+
+
 def run_in_interpreter(file: str) -> None:
     """Run the tests of `file` (pass `__file__`) in a process where Triton interprets."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    socket, _ = _interpreting()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", str(Path(file).resolve())],
-        env=environment,
+        [*warm.python(socket), "-m", "pytest", "-x", str(Path(file).resolve())],
+        env=os.environ | _ENVIRONMENT,
         capture_output=True,
         text=True,
         cwd=Path(__file__).resolve().parents[2],

@@ -7,13 +7,20 @@ imported in advance; fulmen is imported by each command itself, in the command's
     python warm.py run SOCKET WORD...  what `python WORD...` does: a script, -c or -m
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import select
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Mapping
+    from pathlib import Path
 
 LIBRARIES = [
     "torch",
@@ -27,20 +34,29 @@ LIBRARIES = [
 ]
 
 
-@contextlib.contextmanager
-def server(path: str | os.PathLike) -> Iterator[None]:
-    """Serve at the socket `path` meanwhile."""
+def start(path: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """The server at the socket `path`; leaving it ends it, as the end of this process does.
+
+    `environment` holds changes to this process's, for the libraries that are imported.
+    """
     import subprocess
 
     serving = [sys.executable, __file__, "serve", str(path)]
-    with subprocess.Popen(serving, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
-        try:
-            while not os.path.exists(path):
-                assert process.poll() is None, "the server ended"
-                time.sleep(0.02)
-            yield
-        finally:
-            process.kill()
+    process = subprocess.Popen(
+        serving,
+        env=os.environ | dict(environment or {}),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    while not path.exists():
+        assert process.poll() is None, "the server ended"
+        time.sleep(0.02)
+    return process
+
+
+def python(path: Path) -> list[str]:
+    """Stands for sys.executable in a command."""
+    return [sys.executable, "-I", "-S", __file__, "run", str(path)]
 
 
 def request(path: str, words: list[str]) -> int:
