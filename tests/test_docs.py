@@ -100,6 +100,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+def test_a_command_that_fails_is_seen(checkout: Path) -> None:
+    python = str(checkout / "bin" / "python")
+    ends = {"import sys; sys.exit(3)": 3, "raise KeyError": 1, "import os; os.abort()": -6}
+    for code, end in ends.items():
+        done = subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL)
+        assert done.returncode == end, code
+
+
+@pytest.mark.slow
 def test_every_command_runs(checkout: Path) -> None:
     path = f"{checkout / 'bin'}:{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
     environment = os.environ | {

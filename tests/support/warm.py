@@ -152,5 +152,8 @@ def become(words: list[str]) -> None:
 if __name__ == "__main__":
     job, path, *words = sys.argv[1:]
     if job == "run":
-        sys.exit(request(path, words))
+        code = request(path, words)
+        if code < 0:
+            os.kill(os.getpid(), -code)
+        sys.exit(code)
     become(serve(path))
