@@ -73,6 +73,6 @@ def kill_at(
         while last_step(metrics) < step:
             assert time.monotonic() < deadline, f"step {step} never came"
             assert all(rank.is_alive() for rank in ranks), "ended before it was killed"
-            time.sleep(0.002)
+            time.sleep(0.01)
     finally:
         kill(ranks)
