@@ -1,4 +1,6 @@
-"""Which part of the model a parameter belongs to, by its name."""
+"""Which part of a model each of its parameters belongs to, by their names."""
+
+from collections.abc import Collection
 
 PARTS = (
     "tower",
@@ -10,25 +12,38 @@ PARTS = (
     "experts",
     "norms",
     "head",
+    "other",
 )
-"""All parts, in the order of the forward pass."""
-_SOFTMAX = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+"""All parts, in the order of the forward pass; a model has some of them."""
+_BEGINNINGS = {
+    "vision_tower.": "tower",
+    "multi_modal_projector.": "projector",
+    "image_newline": "projector",
+    "embed_tokens.": "embedding",
+    "lm_head.": "head",
+}
 
 
-def part_of(name: str) -> str:
-    """One of PARTS: attention by its kind with all that is in it, `norms` those around blocks."""
-    if name.startswith("vision_tower."):
-        return "tower"
-    if name.startswith(("multi_modal_projector.", "image_newline")):
-        return "projector"
-    if name.startswith("embed_tokens."):
-        return "embedding"
-    if name.startswith("lm_head."):
-        return "head"
+def parts_of(names: Collection[str]) -> dict[str, str]:
+    """One of PARTS for each name.
+
+    lightning and softmax are the attention of those layers with all that is in it, norms those
+    around the blocks, other what only a tower's own pretraining has.
+    """
+    fused = {name.split("qkv_proj")[0] for name in names if "qkv_proj" in name}
+    return {name: _part_of(name, fused) for name in names}
+
+
+def _part_of(name: str, fused: set[str]) -> str:
+    """`fused` are the beginnings of names in lightning attention, which has q, k and v in one."""
+    for beginning, part in _BEGINNINGS.items():
+        if name.startswith(beginning):
+            return part
     if ".experts." in name:
         return "experts"
     if ".gate." in name:
         return "router"
-    if ".self_attn." in name:
-        return "softmax" if name.split(".self_attn.")[1] in _SOFTMAX else "lightning"
-    return "norms"
+    before, attention, _ = name.partition("_attn.")
+    if attention:
+        return "lightning" if before + attention in fused else "softmax"
+    return "norms" if "norm" in name else "other"

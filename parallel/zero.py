@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fulmen.models.parts import PARTS, part_of
+from fulmen.models.parts import PARTS, parts_of
 from fulmen.parallel.mesh import Mesh
 
 
@@ -167,7 +167,7 @@ class ZeroEngine:
 
     @cached_property
     def _parts(self) -> list[str]:
-        found = {part_of(name) for name in self.trainable}
+        found = set(parts_of(self.trainable).values())
         return [part for part in PARTS if part in found]
 
     @cached_property
@@ -176,6 +176,7 @@ class ZeroEngine:
 
         What this rank's sum of squares counts in the part's: 1 / the ranks that hold the same.
         """
+        part_of = parts_of(self.trainable)
         held = {name: p for name, p in self.trainable.items() if local_part(p).numel()}
         shares = torch.zeros(len(self._parts), len(held), dtype=torch.float64)
         for column, (name, parameter) in enumerate(held.items()):
@@ -184,7 +185,7 @@ class ZeroEngine:
                 parameter.placements, parameter.device_mesh.shape, strict=True
             ):
                 copies *= size if placement.is_replicate() else 1
-            shares[self._parts.index(part_of(name)), column] = 1 / copies
+            shares[self._parts.index(part_of[name]), column] = 1 / copies
         return shares.to(self.mesh.device)
 
 

@@ -162,6 +162,18 @@ def _sources(rows: Rows) -> list[str]:
     return [key.removeprefix(EVAL_PREFIX) for key in keys]
 
 
+def accuracies(rows: Rows) -> Panel:
+    """Of a tower's own pretraining: on held-out captions, and of zero-shot classification."""
+    kinds = {"eval_contrastive_accuracy/": "contrastive", "eval_zero_shot/": "zero-shot"}
+    lines = {
+        key: f"{name}, {key.partition('/')[2]}"
+        for prefix, name in kinds.items()
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if key.startswith(prefix)
+    }
+    return Panel("Held-out accuracy", "% right", lines, 100.0)
+
+
 def head_facts(rows: Rows, summary: dict[str, Any]) -> dict[str, str]:
     """The head table: names and values as text."""
     facts = {}
@@ -182,6 +194,9 @@ def head_facts(rows: Rows, summary: dict[str, Any]) -> dict[str, str]:
     for key, source in score_names(rows).items():
         _, values = series(rows, key)
         facts[f"Final reading of {source}"] = f"{values[-1]:.1%}"
+    for key, name in accuracies(rows).lines.items():
+        _, values = series(rows, key)
+        facts[f"Final accuracy, {name}"] = f"{values[-1]:.1%}"
     if isinstance(summary.get("unigram_loss"), int | float):
         facts["Loss of a unigram model"] = f"{summary['unigram_loss']:.4f}"
     bad = [
@@ -282,6 +297,8 @@ def _curves(rows: Rows, unigram_loss: float | None) -> str:
 def find_panels(rows: Rows) -> list[Panel]:
     """All curves but that of the loss: PANELS, and those whose keys depend on the run."""
     keys = dict.fromkeys(key for row in rows for key in row if "/" in key)
+    tower = accuracies(rows)
+    known = {*tower.lines, *(EVAL_PREFIX + source for source in _sources(rows))}
     parts, tasks, held_out = {}, {}, {}  # keys with their names, the latter two by title
     for key in keys:
         group, _, name = key.partition("/")
@@ -289,7 +306,7 @@ def find_panels(rows: Rows) -> list[Panel]:
             parts[key] = name
         elif name.isdecimal():
             tasks.setdefault(f"Long texts, {group}", {})[key] = f"{int(name):,} tokens"
-        elif group.startswith("eval_") and not key.startswith(EVAL_PREFIX):
+        elif group.startswith("eval_") and key not in known:
             metric = group.removeprefix("eval_").replace("_", " ")
             held_out.setdefault(f"Held out, {metric}", {})[key] = name
     return [
@@ -298,6 +315,7 @@ def find_panels(rows: Rows) -> list[Panel]:
         *PANELS[2:],
         *(Panel(title, "", lines, bottom=None) for title, lines in held_out.items()),
         *(Panel(title, "% of answers", lines, 100.0) for title, lines in tasks.items()),
+        tower,
         Panel("Reading of held-out images", "% of answers", score_names(rows), 100.0),
     ]
 

@@ -43,7 +43,8 @@ def test_page_has_every_run_in_each_part_and_needs_nothing_else(tmp_path: Path) 
         "Gradient norm by part of the model: experts",
         "Long texts, niah: 1,024 tokens",
     ]
-    assert page.texts.count("a") == page.texts.count("b") == 2 + len(labels)
+    assert page.texts.count("a") == page.texts.count("b") == len(labels)
+    assert page.texts.count(" a") == page.texts.count(" b") == 2
     text = "\n".join(page.texts)
     for part in ("4.5000", "3.5000", "optim.lr", "0.001", "0.003", f"data.sources.{evil}.weight"):
         assert part in text, part
