@@ -26,6 +26,7 @@ from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
 from fulmen.trainer.objective import LanguageModelling, Objective
 from fulmen.trainer.optim import MOMENTS, Optimizer
 from fulmen.trainer.preference import Preference
+from fulmen.trainer.profile import Profiler
 from fulmen.trainer.reading.in_loop import Reading
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
@@ -61,6 +62,7 @@ class Trainer:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.trainer.dtype]
         self.step = 0
         self.tokens = 0
+        self._stall_s = 0.0  # of saving, since the row before
         torch.manual_seed(config.seed)  # torch itself begins with another seed in every process
         with torch.device("meta"):
             self.model = cast(Any, build_model(config.model, config.moe))
@@ -88,6 +90,7 @@ class Trainer:
         self.objective = self._open_objective(state.get("objective", {}))
         self.long_context = LongContext.open(config, self.model, mesh)
         self.reading = Reading.open(config, self.model, mesh, run_dir)
+        self.profiler = Profiler(config.trainer.profile, mesh, run_dir)
         self._throughput = Throughput(
             config.model,
             seq_len=config.data.seq_len,
@@ -114,6 +117,9 @@ class Trainer:
             self._throughput.restart()
             while not self.stage_finished:
                 phase("data", self.step)
+                may_ask = self._is_due(config.log.every_steps)
+                if self.profiler.begin_step(self.step + 1, may_ask=may_ask):
+                    self._throughput.restart()
                 self.checkpointer.raise_failure()
                 started = time.perf_counter()
                 batch = next(self.loader)
@@ -131,7 +137,9 @@ class Trainer:
                     row = self._row(batch, grad_norm) | {
                         "lr": lr,
                         "data_wait_s": data_wait_s,
+                        "checkpoint_stall_s": self._stall_s,
                     }
+                    self._stall_s = 0.0
                     metrics.log_step(row)
                 is_due = self._is_due(config.evaluation.every_steps)
                 if self._evaluates and (is_due or self.stage_finished):
@@ -198,7 +206,8 @@ class Trainer:
 
     def save(self, loader_state: dict[str, Any], grad_norm: torch.Tensor) -> None:
         """Start writing a checkpoint of this step; refuses a broken state."""
-        self._check_finite(grad_norm)
+        self._check_finite(grad_norm)  # waits for the device, for which saving is not to blame
+        started = time.perf_counter()
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -214,9 +223,11 @@ class Trainer:
         }
         config = OmegaConf.to_yaml(OmegaConf.structured(self.config))
         self.checkpointer.save(self.step, self._tensors(), state, config)
+        self._stall_s += time.perf_counter() - started
 
     def close(self) -> None:
-        """Stop the loader's and the checkpointer's threads."""
+        """Stop the loader's and the checkpointer's threads, and a trace."""
+        self.profiler.close()
         self.loader.close()
         self.checkpointer.close()
 
@@ -322,6 +333,10 @@ class Trainer:
         self._check_finite(grad_norm)
         read = self.objective.read_step()  # waits for the device: the time below is of all work
         stage = {"stage": self.stage.name} if self.stage.name else {}
+        load = read.pop("expert_load", None)
+        if load is not None and self._is_due(self.config.log.expert_load_every_steps):
+            read["expert_load"] = load.round(decimals=3).tolist()
+        parts = self.engine.part_norms()
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -329,6 +344,7 @@ class Trainer:
             "seq_len": self.config.data.seq_len,
             **read,
             "grad_norm": grad_norm.item(),
+            **{f"grad_norm/{part}": norm for part, norm in parts.items()},
             "memory_gib": self._memory_gib(),
             "batch_digest": batch.digest,
             **self._throughput.read(drop_rate=read["drop_rate"]),

@@ -201,10 +201,11 @@ def test_what_only_some_runs_have_gets_its_place(tmp_path: Path) -> None:
     for step in (1, 2):
         row = {"step": step, "tokens": 1000 * step, "loss": 5.0, "step_time_s": 2.0}
         load = [[1.0, 0.0, 4.0], [1.0, 1.5, 0.5]]
-        sink.log_step({**row, "grad_norm/router": 0.5, "expert_load": load})
+        sink.log_step(
+            {**row, "grad_norm/router": 0.5, "expert_load": load, "checkpoint_stall_s": 0.1}
+        )
     sink.log_eval(2, 2000, {"dpo_loss/pairs": 0.5})
     sink.log_scores(2, 2000, {"niah/64": 0.5, "niah/128": 0.25})
-    sink.log_step({"step": 2, "tokens": 2000, "checkpoint_stall_s": 0.2})
     sink.close(failed=False)
     page = Page(write_report(tmp_path).read_text())
     labels = [value for name, value in page.attributes if name == "aria-label"]
