@@ -299,7 +299,9 @@ def find_panels(rows: Rows) -> list[Panel]:
     keys = dict.fromkeys(key for row in rows for key in row if "/" in key)
     tower = accuracies(rows)
     known = {*tower.lines, *(EVAL_PREFIX + source for source in _sources(rows))}
-    parts, tasks, held_out = {}, {}, {}  # keys with their names, the latter two by title
+    parts: dict[str, str] = {}  # keys with their names, and the same by title
+    tasks: dict[str, dict[str, str]] = {}
+    held_out: dict[str, dict[str, str]] = {}
     for key in keys:
         group, _, name = key.partition("/")
         if group == "grad_norm":

@@ -110,8 +110,8 @@ class WandbSink:
         assert isinstance(row["step"], int)
         assert isinstance(tokens, int)
         values: dict[str, Any] = {"tokens": tokens, **chart_values(row)}
-        if row.get("expert_load"):
-            values[chart_name("expert_load")] = draw_load(row["expert_load"], cell=LOAD_CELL)
+        if isinstance(load := row.get("expert_load"), list):
+            values[chart_name("expert_load")] = draw_load(load, cell=LOAD_CELL)
         self._put((row["step"], values))
 
     def send_alert(self, alert: Alert) -> None:
@@ -237,8 +237,8 @@ class TensorboardSink:
 
     def log_step(self, row: Row) -> None:
         self._put(row["step"], {"train/tokens": row["tokens"], **chart_values(row)})
-        if row.get("expert_load"):
-            pixels = draw_load(row["expert_load"], cell=LOAD_CELL)
+        if isinstance(load := row.get("expert_load"), list):
+            pixels = draw_load(load, cell=LOAD_CELL)
             self._writer.add_image(
                 chart_name("expert_load"), pixels, row["step"], dataformats="HWC"
             )

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny import tiny_config
 from support.worlds import run_world
 
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
+from fulmen.parallel.progress import phase
+from fulmen.trainer import profile_memory
+from fulmen.trainer.loop import Trainer
+from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.profile import REQUEST, Profiler
 from fulmen.trainer.profile_config import ProfileConfig
 
@@ -69,9 +74,70 @@ def test_traces_by_key_and_by_file_are_of_the_same_steps_on_all_ranks(tmp_path: 
         assert len(steps) == (3 if first == 18 else 2)
 
 
+def test_a_touched_file_traces_a_run_and_changes_nothing(
+    one_rank: torch.device, tiny_data: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for name in ("plain", "traced"):
+        config = tiny_config(tiny_data, max_steps=4)
+        config.trainer.profile.steps = 2
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "traced":
+            (folder / REQUEST).touch()
+        trainer = Trainer(config, build_mesh(config.parallel, one_rank), folder)
+        trainer.fit()
+        trainer.close()
+        losses.append([row["loss"] for row in read_metrics(folder / "metrics.jsonl")])
+    assert losses[0] == losses[1]
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json.gz")] == [
+        "traced/profile/step_2/rank0.json.gz"
+    ]
+    steps, _ = traced(tmp_path / "traced/profile/step_2/rank0.json.gz")
+    assert len(steps) == 2
+
+
 @pytest.mark.fast
 def test_bad_keys_are_named() -> None:
     with pytest.raises(ValueError, match=r"trainer\.profile\.steps=21: must be 1 to 20"):
         ProfileConfig(steps=21)
     with pytest.raises(ValueError, match=r"trainer\.profile\.from_step=0"):
         ProfileConfig(from_step=0)
+
+
+def test_what_is_written_when_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observers = []
+    monkeypatch.setattr(profile_memory, "_watch", None)
+    patched = {
+        "_C._cuda_attach_out_of_memory_observer": observers.append,
+        "cuda.memory_summary": lambda abbreviated: "summary of the allocator",
+        "cuda.memory_allocated": lambda: 60 * 2**30,
+        "cuda.memory_reserved": lambda: 70 * 2**30,
+        "cuda.memory._snapshot": lambda: {"segments": []},
+    }
+    for name, function in patched.items():
+        monkeypatch.setattr(f"torch.{name}", function, raising=False)
+    folder, device = tmp_path / "run", torch.device("cpu")
+    predicted = {"weights": 10 * 2**30, "activations": 45 * 2**30, "offloaded": 0}
+    profile_memory.watch_memory(folder, device, {"weights": 1}, rank=3, history=False)
+    profile_memory.watch_memory(folder, device, predicted, rank=3, history=False)  # of a stage
+    (observer,) = observers
+    phase("backward", 12)
+    observer(0, 2**30, 79 * 2**30, 2**28)
+    text = (folder / "oom" / "rank3.txt").read_text()
+    for line in (
+        "out of memory at step 12, in 'backward'",
+        "1.00 GiB asked for; of the device's 79.00 GiB 0.25 are free",
+        f"  {'activations':<38}{45:>8.2f}",
+        f"  {'sum':<38}{55:>8.2f}",
+        f"  {'by CUDA, NCCL and other processes':<38}{8.75:>8.2f}",
+        "summary of the allocator",
+    ):
+        assert line in text, line
+    assert "offloaded" not in text
+    assert (folder / "oom" / "rank3.pickle").exists()
+    (folder / "oom" / "rank3.txt").unlink()
+    observer(0, 2**30, 79 * 2**30, 2**28)  # the first one counts
+    assert not (folder / "oom" / "rank3.txt").exists()
