@@ -88,6 +88,13 @@ SECTIONS: dict[str, list[Chart]] = {
             "|rejected_log_ratio)/.*",
         ),
     ],
+    "Pretraining of a tower": [
+        Chart("Losses", ("caption_loss", "contrastive_loss")),
+        Chart("Pairs told apart in a step", ("contrastive_accuracy",)),
+        Chart("Temperature", ("temperature",)),
+        Chart("Held-out losses", names="eval/(caption|contrastive)_loss/.*"),
+        Chart("Held-out accuracy", names="eval/(contrastive_accuracy|zero_shot)/.*"),
+    ],
     "Data": [Chart("Tokens by source and length", names="tokens/.*")],
 }
 """Charts by the section that they are in."""

@@ -116,10 +116,10 @@ class Trainer:
             )
             self._throughput.restart()
             while not self.stage_finished:
-                phase("data", self.step)
                 may_ask = self._is_due(config.log.every_steps)
                 if self.profiler.begin_step(self.step + 1, may_ask=may_ask):
                     self._throughput.restart()
+                phase("data", self.step)
                 self.checkpointer.raise_failure()
                 started = time.perf_counter()
                 batch = next(self.loader)
