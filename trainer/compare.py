@@ -133,7 +133,7 @@ def _curves(runs: dict[str, Rows]) -> str:
     for panel in find_panels(every):
         for key, name in panel.lines.items():
             title = f"{panel.title}: {name}" if name else panel.title
-            how = {"scale": panel.scale, "bottom": panel.bottom}
+            how = {"scale": panel.scale, "bottom": panel.bottom, "log": panel.log}
             add(title, partial(series, key=key), panel.unit, **how)
     if not figures:
         return "<p>No step has been logged yet.</p>"
@@ -161,6 +161,7 @@ def _draw(
     unit: str,
     scale: float = 1.0,
     bottom: float | None = None,
+    log: bool = False,
     x_unit: str = "tokens",
     marker: bool = False,
 ) -> None:
@@ -168,6 +169,7 @@ def _draw(
         if x:
             values = [value * scale for value in y]
             draw_line(axes, x, values, name=name, color=_color(index), marker=marker)
+    axes.set_yscale("log" if log else "linear")
     axes.set_ylim(bottom=bottom)
     axes.set_xlabel(x_unit)
     axes.set_ylabel(unit)

@@ -31,6 +31,8 @@ class Panel:
     scale: float = 1.0
     bottom: float | None = 0.0
     """Where the vertical axis begins; None = where the values do."""
+    log: bool = False
+    """A logarithmic vertical axis."""
 
 
 def merge_rows(rows: Rows) -> Rows:

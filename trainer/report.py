@@ -57,7 +57,7 @@ figure { margin: 0; } figure.wide { grid-column: 1 / -1; }
 figcaption { font-size: .9rem; margin-bottom: .25rem; }
 svg { width: 100%; height: auto; display: block; }
 .wide-table { overflow-x: auto; } .wide-table td { padding-right: 1.5rem; }
-.map { width: 100%; image-rendering: pixelated; border-radius: 3px; }
+.map { width: 100%; max-height: 24rem; image-rendering: pixelated; border-radius: 3px; }
 pre { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 6px;
   padding: .75rem 1rem; margin: .75rem 0; }
@@ -313,7 +313,7 @@ def find_panels(rows: Rows) -> list[Panel]:
             held_out.setdefault(f"Held out, {metric}", {})[key] = name
     return [
         *PANELS[:2],
-        Panel("Gradient norm by part of the model", "norm", parts),
+        Panel("Gradient norm by part of the model", "norm", parts, bottom=None, log=True),
         *PANELS[2:],
         *(Panel(title, "", lines, bottom=None) for title, lines in held_out.items()),
         *(Panel(title, "% of answers", lines, 100.0) for title, lines in tasks.items()),
@@ -391,6 +391,7 @@ def _draw(axes: "Axes", rows: Rows, panel: Panel) -> None:
         color = COLORS[index % len(COLORS)]
         if tokens:
             draw_line(axes, tokens, [v * panel.scale for v in values], name=name, color=color)
+    axes.set_yscale("log" if panel.log else "linear")
     axes.set_ylim(bottom=panel.bottom)
     axes.set_ylabel(panel.unit)
     if len(panel.lines) > 1:
