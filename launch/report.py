@@ -1,5 +1,4 @@
-"""Reports of runs: `python launch/report.py runs=[RUN]`, or of several, to compare them:
-`python launch/report.py runs=[A,B] output=compare.html`."""
+"""A page of a run, `report.py 'runs=[RUN]'`, or of several: `report.py 'runs=[A,B]' output=FILE`."""
 
 from dataclasses import dataclass
 from pathlib import Path
