@@ -1,4 +1,4 @@
-"""A page of a run, `report.py 'runs=[RUN]'`, or of several: `report.py 'runs=[A,B]' output=FILE`."""
+"""A page of a run, `report.py 'runs=[A]'`, or of several: `report.py 'runs=[A,B]' output=FILE`."""
 
 from dataclasses import dataclass
 from pathlib import Path
