@@ -162,7 +162,7 @@ def _draw(
     scale: float = 1.0,
     bottom: float | None = None,
     log: bool = False,
-    x_unit: str = "tokens",
+    x_unit: str = "",
     marker: bool = False,
 ) -> None:
     for index, (name, (x, y)) in enumerate(lines.items()):

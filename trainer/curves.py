@@ -79,11 +79,11 @@ def draw_line(
 
 
 def figure(title: str, draw: "Callable[[Axes], None]", *, wide: bool = False) -> str:
-    """The <figure> of a curve; `draw` fills its axes."""
+    """The <figure> of a curve; `draw` fills its axes, and names x if it is not tokens."""
     # Not at the top of the file: matplotlib takes its time, and training never needs it.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     style: dict[Any, Any] = {
         # Text stays text, in the page's font, and a "$" in the name of a source stays one.
@@ -102,15 +102,19 @@ def figure(title: str, draw: "Callable[[Axes], None]", *, wide: bool = False) ->
         axes = sheet.add_subplot()
         short_ticks = FuncFormatter(lambda value, _: short_number(value).replace(".0", ""))
         draw(axes)
-        axes.set_xlabel(axes.get_xlabel() or "tokens")
         axes.xaxis.set_major_locator(MaxNLocator(9 if wide else 5, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(short_ticks)
-        if axes.get_ylim()[1] >= 10_000:
+        if not axes.get_xlabel():
+            axes.set_xlabel("tokens")
+            axes.xaxis.set_major_formatter(short_ticks)
+        if axes.get_yscale() == "log":  # its own labels are formulas
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        elif axes.get_ylim()[1] >= 10_000:
             axes.yaxis.set_major_formatter(short_ticks)
         axes.grid(color=FAINT, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        axes.tick_params(length=0)
+        axes.tick_params(which="both", length=0)
         text = StringIO()
         sheet.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()

@@ -49,6 +49,7 @@ def test_page_has_every_run_in_each_part_and_needs_nothing_else(tmp_path: Path) 
     for part in ("4.5000", "3.5000", "optim.lr", "0.001", "0.003", f"data.sources.{evil}.weight"):
         assert part in text, part
     assert "hours in training steps" in text
+    assert "mathdefault" not in text
     assert not {"seed", "run_id"} & set(page.texts)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
 

@@ -278,11 +278,14 @@ def test_tensorboard_reads_back_without_redone_steps(tmp_path: Path) -> None:
 
     with open_logger(tmp_path, tensorboard=True) as metrics:
         for step in range(1, 7):
-            metrics.log_step(step_row(step, loss=6.0))
+            metrics.log_step(step_row(step, loss=6.0, expert_load=[[1.0, 0.5, 1.5]]))
         metrics.log_eval(6, 60_000, {"loss/stdlib": 5.0})
     events = scalars()
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    assert "train/mfu" not in events.Tags()["scalars"]
+    assert "speed/mfu" not in events.Tags()["scalars"]
+    assert events.Scalars("speed/tokens_per_s")[0].value == pytest.approx(12_345.6)
+    picture = events.Images("experts/expert_load")[0]
+    assert (picture.width, picture.height) == (24, 8)
     assert events.Scalars("eval/loss/stdlib")[0].value == 5.0
 
     with open_logger(tmp_path, tensorboard=True, resume_step=4) as metrics:
