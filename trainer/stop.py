@@ -1,0 +1,71 @@
+"""A run that is asked to stop: it finishes the step, saves, and ends normally.
+
+Who may ask: whoever makes a file `STOP` in the run's folder (a job script before its time limit, or
+a person by hand), and SIGTERM or SIGUSR1 to any of the processes. torchrun passes SIGTERM on and
+ends them by force some 30 s later, so what takes longer is asked for by the file.
+
+All ranks have to stop at the same step. Before each step every rank begins a one-element sum over
+gloo, and it reads the result after the step: nobody waits for a GPU, and for another host only
+if that one is a whole step behind.
+"""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fulmen.parallel.progress import exchange
+
+STOP = "STOP"
+"""File in the run's folder; it stays there until somebody takes it away."""
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stop:
+    """Listens from its making to `close`; every rank of the world makes one."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / STOP
+        self._group = dist.new_group(backend="gloo")
+        self._is_first = dist.get_rank() == 0
+        self._wishes = torch.zeros(1)
+        self._pending: dist.Work | None = None
+        self._signal = ""
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # others cannot
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+
+    def poll(self) -> None:
+        """Tell the other ranks, before a step, whether this one is asked to stop."""
+        # One look at a shared file system a step is enough; signals come to any rank.
+        wish = bool(self._signal) or (self._is_first and self._file.exists())
+        self._wishes.fill_(wish)
+        self._pending = dist.all_reduce(self._wishes, group=self._group, async_op=True)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked before this step; the same on all."""
+        assert self._pending is not None
+        with exchange("wishes to stop"):
+            self._pending.wait()
+        self._pending = None
+        return bool(self._wishes)
+
+    @property
+    def reason(self) -> str:
+        """Who asked, as far as this rank knows."""
+        if self._signal:
+            return self._signal
+        return str(self._file) if self._file.exists() else "a signal to another rank"
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
