@@ -37,6 +37,7 @@ from fulmen.trainer.run_log import log
 from fulmen.trainer.stages import list_shares, run_tokens, shares_at
 from fulmen.trainer.start import Start, find_start
 from fulmen.trainer.step_stats import StepStats
+from fulmen.trainer.stop import Stop
 from fulmen.trainer.weights import changed_keys, check_same_model
 
 
@@ -95,6 +96,7 @@ class Trainer:
                 self.engine.parameters.keys() - self.engine.trainable.keys(),
             ),
         )
+        self.stop = Stop(run_dir, config.parallel.timeout_s)
 
     def fit(self) -> None:
         """Train to the end of the stage, evaluating, logging and saving on the way."""
@@ -106,9 +108,10 @@ class Trainer:
         with self._open_metrics() as metrics:
             (self.run_dir / DONE).unlink(missing_ok=True)  # of a run that now goes on for longer
             self._throughput.restart()
-            while not self.stage_finished:
+            while not self.stage_finished and not self.stop.asked:
                 phase("data", self.step)
                 self.checkpointer.raise_failure()
+                self.stop.poll()
                 started = time.perf_counter()
                 batch = next(self.loader)
                 data_wait_s = time.perf_counter() - started
@@ -140,7 +143,7 @@ class Trainer:
                     phase("reading")
                     metrics.log_scores(self.step, self.tokens, self.reading.scores(self.step))
                     self._throughput.restart()
-                if self._is_due(config.checkpoint.every_steps) or ends:
+                if self.stop.agreed() or self._is_due(config.checkpoint.every_steps) or ends:
                     phase("checkpoint")
                     self.save(batch.state, grad_norm)
                     self._throughput.restart()
@@ -204,7 +207,8 @@ class Trainer:
         self.checkpointer.save(self.step, self._tensors(), state, config)
 
     def close(self) -> None:
-        """Stop the loader's and the checkpointer's threads."""
+        """Stop the loader's and the checkpointer's threads, and listen to signals no more."""
+        self.stop.close()
         self.loader.close()
         self.checkpointer.close()
 

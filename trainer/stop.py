@@ -9,6 +9,7 @@ gloo, and it reads the result after the step: nobody waits for a GPU, and for an
 if that one is a whole step behind.
 """
 
+import datetime
 import signal
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from fulmen.parallel.progress import exchange
+from fulmen.trainer.run_log import log
 
 STOP = "STOP"
 """File in the run's folder; it stays there until somebody takes it away."""
@@ -28,9 +30,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Stop:
     """Listens from its making to `close`; every rank of the world makes one."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, timeout_s: float) -> None:
+        self.asked = False
+        """Whether any rank was asked, as all of them know after a step."""
         self._file = run_dir / STOP
-        self._group = dist.new_group(backend="gloo")
+        limit = datetime.timedelta(seconds=timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=limit)
         self._is_first = dist.get_rank() == 0
         self._wishes = torch.zeros(1)
         self._pending: dist.Work | None = None
@@ -47,19 +52,16 @@ class Stop:
         self._pending = dist.all_reduce(self._wishes, group=self._group, async_op=True)
 
     def agreed(self) -> bool:
-        """Whether any rank was asked before this step; the same on all."""
+        """Whether any rank was asked before this step; called once after it, by all."""
         assert self._pending is not None
         with exchange("wishes to stop"):
             self._pending.wait()
         self._pending = None
-        return bool(self._wishes)
-
-    @property
-    def reason(self) -> str:
-        """Who asked, as far as this rank knows."""
-        if self._signal:
-            return self._signal
-        return str(self._file) if self._file.exists() else "a signal to another rank"
+        self.asked = bool(self._wishes)
+        if self.asked:
+            by = self._signal or (str(self._file) if self._file.exists() else "another rank")
+            log.info("asked to stop by %s: the run saves and ends", by)
+        return self.asked
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
