@@ -43,12 +43,13 @@ def stop_and_go_on(device: torch.device, data: Path, root: Path) -> dict[str, An
         inner = trainer.train_step
 
         def train_step(batch: Any) -> Any:
-            if trainer.step + 1 == step:  # in the middle of the step before
+            result = inner(batch)
+            if trainer.step + 1 == step:  # all ranks are in it by now
                 if way == "file" and dist.get_rank() == 1:
                     (root / "tiny" / "stopped" / STOP).touch()
                 if way == "signal" and dist.get_rank() == 1:
                     os.kill(os.getpid(), signal.SIGTERM)
-            return inner(batch)
+            return result
 
         trainer.train_step = train_step  # type: ignore[method-assign]
         trainer.fit()
@@ -73,7 +74,7 @@ def stop_and_go_on(device: torch.device, data: Path, root: Path) -> dict[str, An
 
 def test_a_run_that_is_asked_stops_at_one_step_and_goes_on(tiny_data: Path, tmp_path: Path) -> None:
     first, second = run_world(stop_and_go_on, 2, tiny_data, tmp_path)
-    # Asked within step 1 and within step 4: it is the one after that is saved.
+    # Asked within step 1 and within step 4: all see it before the next one.
     assert first["ends"] == second["ends"] == [2, 5]
     rows = [read_metrics(first[name] / "metrics.jsonl") for name in ("peace", "stopped")]
     kept = ("step", "loss", "grad_norm", "batch_digest")
