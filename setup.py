@@ -61,6 +61,8 @@ setup(
             "fulmen-prepare-data = fulmen.launch.prepare_data:main",
             "fulmen-prepare-images = fulmen.launch.prepare_images:main",
             "fulmen-make-images = fulmen.launch.make_images:main",
+            "fulmen-zero-shot = fulmen.launch.zero_shot:main",
+            "fulmen-resize-tower = fulmen.launch.resize_tower:main",
             "fulmen-make-retrieval = fulmen.launch.make_retrieval:main",
             "fulmen-fit-scaling = fulmen.launch.fit_scaling:main",
             "fulmen-generate = fulmen.launch.generate:main",

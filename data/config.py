@@ -127,6 +127,8 @@ class PrepareImagesConfig:
     """Tiles of a grid."""
     max_tokens: int = 8192
     """Tokens of a document, image tokens included; a longer one is rejected, for none is cut."""
+    max_caption_tokens: int | None = None
+    """Tokens to which a caption's text is cut, its end included; null = none is cut."""
     max_image_pixels: int = 50_000_000
     """Pixels that an image may have, by its header."""
     max_aspect_ratio: float = 100.0
@@ -182,7 +184,7 @@ class MakeImagesConfig:
     """One run of launch/make_images.py."""
 
     output: str = MISSING
-    """Folder to write: tars for launch/prepare_images.py in captions, conversations and pairs."""
+    """Folder to write: tars for launch/prepare_images.py in captions, conversations, pairs, ..."""
     seed: int = 0
     """Of all records."""
     captions: int = 2000
@@ -191,6 +193,8 @@ class MakeImagesConfig:
     """Conversations about one or two pictures."""
     pairs: int = 500
     """Pairs of a right and a wrong answer."""
+    labelled: int = 0
+    """Pictures of texts that captions have too, with the text alone: for classification."""
     held_out: int = 200
     """Records of each sort with texts that the others never have, in held_out-*.tar."""
     kinds: list[str] = field(default_factory=lambda: ["digits", "words"])

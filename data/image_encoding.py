@@ -44,6 +44,7 @@ class ImageEncodeSettings:
     images: ImageLimits
     reading: ReadLimits
     max_tokens: int
+    max_caption_tokens: int | None
     validation_fraction: float
     held_out_from: int
     """Number of the first file whose documents are all held out."""
@@ -107,7 +108,9 @@ def _encode(settings: ImageEncodeSettings, tokenizer: Tokenizer, raw: RawRecord)
     # Cheap before dear: only a record that is otherwise whole has its images decoded.
     sizes = [decode_image(data, settings.images).size for data in blobs]
     layouts = [layout_of(size, settings.tiling) for size in sizes]
-    tokens, learnt, chosen, placed = tokenise_example(example, layouts, settings.ids, tokenizer)
+    tokens, learnt, chosen, placed = tokenise_example(
+        example, layouts, settings.ids, tokenizer, settings.max_caption_tokens
+    )
     if len(tokens) > settings.max_tokens:
         raise RecordError(
             "too_long", f"{len(tokens)} tokens, more than max_tokens={settings.max_tokens}"
@@ -136,12 +139,17 @@ def _is_valid(settings: ImageEncodeSettings, blobs: Sequence[bytes], tokens: lis
 
 
 def tokenise_example(
-    example: Example, layouts: Sequence[ImageLayout], ids: SpecialIds, tokenizer: Tokenizer
+    example: Example,
+    layouts: Sequence[ImageLayout],
+    ids: SpecialIds,
+    tokenizer: Tokenizer,
+    max_caption_tokens: int | None = None,
 ) -> tuple[list[int], list[int], int, list[tuple[int, int]]]:
     """Tokens and mask of an example, length of the chosen one, and (image, first token) of each.
 
     The mask is 1 at tokens to be predicted: the text of a caption and its end, the assistant's
-    words and the end of its turn. Image tokens, roles and questions have none.
+    words and the end of its turn. Image tokens, roles and questions have none. Of a caption
+    `max_caption_tokens` are kept, its end among them.
     """
     tokens: list[int] = []
     learnt: list[int] = []
@@ -154,6 +162,8 @@ def tokenise_example(
 
     for document in example.documents:
         first = len(tokens)
+        cut = max_caption_tokens if _is_plain(document) else None
+        left = None if cut is None else cut - 1
         for number, turn in enumerate(document):
             if turn.role:
                 add([ids.begin_turn, *_text_ids(tokenizer, HEADERS[turn.role])], False)
@@ -162,7 +172,9 @@ def tokenise_example(
                     placed.append((part, len(tokens)))
                     add([ids.image] * layouts[part].num_tokens, False)
                 else:
-                    add(_text_ids(tokenizer, part), turn.learnt)
+                    text = _text_ids(tokenizer, part)[:left]
+                    left = None if left is None else left - len(text)
+                    add(text, turn.learnt)
             if turn.role:
                 add([ids.end_turn], turn.learnt)
             if number + 1 < len(document):

@@ -283,7 +283,7 @@ class _Planner:
             pieces=micro_batches,
             num_tokens=num_tokens,
             account=account,
-            **_add_up(pieces, self.splits),
+            **_add_up(np.concatenate(micro_batches), self.splits),
             digest=hasher.hexdigest(),
             state=self._state(),
         )

@@ -36,12 +36,14 @@ Members = dict[str, bytes]
 
 
 def make_images(config: MakeImagesConfig) -> dict[str, int]:
-    """Write `output`/{captions,conversations,pairs}/*.tar; the records of each file."""
+    """Write `output`/{captions,conversations,pairs,labelled}/*.tar; the records of each file."""
     _check(config)
     written = {}
     for part, make in _PARTS.items():
         for held_out in (False, True):
             count = config.held_out if held_out else getattr(config, part)
+            if held_out and part == "labelled":
+                continue
             for first in range(0, count, config.shard_records):
                 last = min(first + config.shard_records, count)
                 name = f"{'held_out' if held_out else 'train'}-{first // config.shard_records:05d}"
@@ -198,6 +200,12 @@ def _caption(maker: _Maker) -> Members:
     return {picture.ending: picture.data, "txt": text.encode()}
 
 
+def _labelled(maker: _Maker) -> Members:
+    """For classification: as the text is one of captions, the picture is what was not seen."""
+    picture = maker.picture()
+    return {picture.ending: picture.data, "txt": picture.text.encode()}
+
+
 def _conversation(maker: _Maker) -> Members:
     """One or two pictures, each asked for one or two things, first by first."""
     pictures = [maker.picture() for _ in range(1 + int(maker.rng.random() < 0.25))]
@@ -231,4 +239,9 @@ def _misread(maker: _Maker, text: str) -> str:
     return text[:at] + maker.choose(alphabet.replace(text[at], "")) + text[at + 1 :]
 
 
-_PARTS = {"captions": _caption, "conversations": _conversation, "pairs": _pair}
+_PARTS = {
+    "captions": _caption,
+    "conversations": _conversation,
+    "pairs": _pair,
+    "labelled": _labelled,
+}

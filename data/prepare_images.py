@@ -90,6 +90,10 @@ def _check_config(config: PrepareImagesConfig) -> None:
                 "shard_tokens", "shard_mb"):  # fmt: skip
         if getattr(config, key) <= 0:
             raise ValueError(f"{key}={getattr(config, key)} must be above 0")
+    if config.max_caption_tokens is not None and config.max_caption_tokens < 2:
+        raise ValueError(
+            f"max_caption_tokens={config.max_caption_tokens} must be 2 or more, a token and the end"
+        )
     if config.max_aspect_ratio < 1:
         raise ValueError(f"max_aspect_ratio={config.max_aspect_ratio} must be 1 or more")
     for key, least in (("validation_fraction", 0.0), ("max_rejected_fraction", 0.0)):
@@ -143,6 +147,8 @@ def _settings(
     settings = asdict(config)
     for key in ("input", "output", "held_out", "num_workers", "max_rejected_fraction"):
         del settings[key]
+    if config.max_caption_tokens is None:  # as of folders from before there was this key
+        del settings["max_caption_tokens"]
     settings["fields"] = dict(config.fields)
     if config.tokenizer != "train":
         settings["tokenizer"] = file_sha256(tokenizer_path(config.tokenizer))
@@ -199,6 +205,7 @@ def _write_shards(
         images=ImageLimits(config.max_image_pixels, config.max_aspect_ratio),
         reading=_read_limits(config),
         max_tokens=config.max_tokens,
+        max_caption_tokens=config.max_caption_tokens,
         validation_fraction=config.validation_fraction,
         held_out_from=len(files) - len(held_out),
     )

@@ -148,7 +148,7 @@ def _write_config(folder: Path, model: ModelConfig, config: ExportConfig, run: A
         )
     values = to_hf_config(model, config.format, max_position_embeddings=seq_len, dtype=config.dtype)
     _write_json(folder / "config.json", values)
-    if model.vision is not None:
+    if model.vision is not None and model.coca is None:
         _write_json(folder / "preprocessor_config.json", to_preprocessor_config(model.vision))
 
 

@@ -149,7 +149,8 @@ def _mesh(gpus: int, stage: dict[str, Any]) -> str:
     return (
         f"rows of {stage['seq_len']:,}, RoPE base {stage['rope_theta']:g}, dp {dp} x "
         f"cp {parallel['cp']} = edp {edp} x ep {parallel['ep']} x etp {parallel['etp']}, "
-        f"ZeRO {dense}, experts {dense if experts is None else experts}"
+        f"ZeRO {dense}, experts {dense if experts is None else experts}, "
+        f"objective {stage['objective']}"
     )
 
 
@@ -231,7 +232,7 @@ def _show_assumptions(assumptions: dict[str, float], console: Console) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_hydra(plan, "plan", PlanConfig, not_needed=("data.sources.",))
+    run_hydra(plan, "plan", PlanConfig, not_needed=("data.sources.", "evaluation.zero_shot."))
 
 
 if __name__ == "__main__":

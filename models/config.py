@@ -39,6 +39,24 @@ class VisionConfig:
 
 
 @dataclass
+class CoCaConfig:
+    """The `model.coca` group: how a tower learns from captions by itself (models/coca.py)."""
+
+    num_unimodal_layers: int = MISSING
+    """Of model.num_layers, the first ones, which see the text alone; the rest see the image too."""
+    embedding_size: int = MISSING
+    """Of an image and of a text, where the two are compared."""
+    max_text_tokens: int = 76
+    """Most tokens of a caption, its end included, for which there are position embeddings."""
+    caption_weight: float = 2.0
+    """Of the captions' cross entropy in the loss."""
+    contrastive_weight: float = 1.0
+    """Of the contrastive loss."""
+    initial_temperature: float = 0.07
+    """By which similarities are divided at the start; learned, and never below 0.01."""
+
+
+@dataclass
 class ModelConfig:
     """The `model` group: every fact that decides the parameters and the forward pass."""
 
@@ -76,6 +94,8 @@ class ModelConfig:
     """Weight of each sublayer's output at run time."""
     vision: VisionConfig | None = None
     """The vision tower; null = a text model."""
+    coca: CoCaConfig | None = None
+    """Train the tower with a captioner, which the keys above describe; null = a language model."""
 
     @property
     def alpha(self) -> float:
@@ -124,7 +144,9 @@ def check_model(config: ModelConfig, moe: MoEConfig) -> None:
     for name, value in sizes:
         if value < 1:
             raise ValueError(f"model.{name}={value}: must be at least 1")
-    if heads & (heads - 1):
+    if config.coca is not None:
+        _check_coca(config, config.coca)
+    elif heads & (heads - 1):
         raise ValueError(
             f"model.num_attention_heads={heads}: must be a power of two, because the published "
             "decay of lightning attention is defined for those"
@@ -185,4 +207,43 @@ def _check_vision(vision: VisionConfig, vocab_size: int) -> None:
         raise ValueError(
             f"model.vision.image_token_id={vision.image_token_id}: must be a row of the embedding, "
             f"below model.vocab_size={vocab_size}"
+        )
+
+
+def _check_coca(config: ModelConfig, coca: CoCaConfig) -> None:
+    if config.vision is None:
+        raise ValueError("model.coca needs model.vision, the tower that it trains")
+    plain = {
+        "num_key_value_heads": (config.num_key_value_heads, config.num_attention_heads),
+        "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
+        "rotary_dim": (config.rotary_dim, 0),
+        "softmax_every": (config.softmax_every, 1),
+        "num_experts": (config.num_experts, 1),
+        "num_experts_per_token": (config.num_experts_per_token, 1),
+    }
+    for name, (value, wanted) in plain.items():
+        if value != wanted:
+            raise ValueError(
+                f"model.{name}={value}: a model with model.coca is a plain transformer, with "
+                f"learned positions and without experts: set it to {wanted}"
+            )
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"model.hidden_size={config.hidden_size} is not a multiple of "
+            f"model.num_attention_heads={config.num_attention_heads}"
+        )
+    if not 1 <= coca.num_unimodal_layers < config.num_layers:
+        raise ValueError(
+            f"model.coca.num_unimodal_layers={coca.num_unimodal_layers}: must be at least 1, and "
+            f"below model.num_layers={config.num_layers}, so that some layers see the image"
+        )
+    for name, least in (("embedding_size", 1), ("max_text_tokens", 2)):
+        if getattr(coca, name) < least:
+            raise ValueError(f"model.coca.{name}={getattr(coca, name)}: must be at least {least}")
+    for name in ("caption_weight", "contrastive_weight"):
+        if getattr(coca, name) < 0:
+            raise ValueError(f"model.coca.{name}={getattr(coca, name)}: must not be negative")
+    if not coca.initial_temperature >= 0.01:
+        raise ValueError(
+            f"model.coca.initial_temperature={coca.initial_temperature}: must be at least 0.01"
         )

@@ -2,7 +2,8 @@
 
 No file is read or written here. Two kinds of config.json describe one set of Text-01's tensors: the
 release's own (`minimax_text_01`) and that of transformers' MiniMax class (`minimax`). VL-01 has its
-own alone (`minimax_vl_01`), around that of its text model.
+own alone (`minimax_vl_01`), around that of its text model. Of a tower with its captioner the tower
+is written, as transformers' CLIPVisionModel.
 """
 
 import math
@@ -94,7 +95,16 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def released_layout(config: ModelConfig) -> dict[str, Slot]:
-    """Released key -> where it lives; keys of one stacked parameter follow each other."""
+    """Released key -> where it lives; keys of one stacked parameter follow each other.
+
+    Of a tower with its captioner, those of a CLIPVisionModel.
+    """
+    if config.coca is not None:
+        return {
+            name.removeprefix("vision_tower."): Slot(name, None, _vision_shape(name, shape))
+            for name, shape in parameter_shapes(config).items()
+            if name.startswith("vision_tower.")
+        }
     text = "" if config.vision is None else "language_model."
     layout = {}
     for name, shape in parameter_shapes(config).items():
@@ -164,6 +174,10 @@ def to_hf_config(
     """config.json of the given format; `ValueError` for a model that it can not describe."""
     if format not in FORMATS:
         raise ValueError(f"format={format}: must be one of {', '.join(FORMATS)}")
+    if config.coca is not None:
+        assert config.vision is not None
+        tower = _tower_config(config.vision, config.coca.embedding_size)
+        return tower | {"architectures": ["CLIPVisionModel"], "torch_dtype": dtype}
     if config.vision is not None:
         if format != "released":
             raise ValueError(
@@ -231,17 +245,21 @@ def to_hf_config(
     return dict(sorted(values.items()))
 
 
-def _vl_config(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of VL-01 around that of its text model."""
+def _tower_config(vision: VisionConfig, projection_dim: int) -> dict[str, Any]:
     sizes = {theirs: getattr(vision, ours) for ours, theirs in _VISION_SIZE_KEYS.items()}
-    vision_values = {
+    values = {
         **_VISION_FIXED,
         **sizes,
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
         "layer_norm_eps": vision.layer_norm_eps,
-        "projection_dim": text["hidden_size"],
+        "projection_dim": projection_dim,
     }
+    return dict(sorted(values.items()))
+
+
+def _vl_config(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of VL-01 around that of its text model."""
     values = {
         **_VL_FIXED,
         "architectures": ["MiniMaxVL01ForConditionalGeneration"],
@@ -252,7 +270,7 @@ def _vl_config(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": "minimax_vl_01",
         "text_config": dict(text),
         "torch_dtype": text["torch_dtype"],
-        "vision_config": dict(sorted(vision_values.items())),
+        "vision_config": _tower_config(vision, text["hidden_size"]),
     }
     return dict(sorted(values.items()))
 

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from fulmen.models.config import ModelConfig, VisionConfig
+from fulmen.models.config import ModelConfig
 
 BLOCK_ELEMENTS = 2**20
 """Elements drawn with one generator; a rank draws only the blocks that its shard touches."""
@@ -26,7 +26,10 @@ def init_std(name: str, shape: torch.Size, config: ModelConfig) -> Tensor | floa
         return 0.0
     if name.startswith("vision_tower."):
         assert config.vision is not None
-        return _vision_std(name, shape, config.vision)
+        return _prenorm_std(name, shape, config.vision.hidden_size, 2 * config.vision.num_layers)
+    if config.coca is not None:
+        sums = 3 * config.num_layers - config.coca.num_unimodal_layers
+        return _prenorm_std(name, shape, config.hidden_size, sums)
     if len(shape) == 1:
         return None
     beta = (8 * config.num_layers) ** -0.25
@@ -40,18 +43,20 @@ def init_std(name: str, shape: torch.Size, config: ModelConfig) -> Tensor | floa
     return gain * math.sqrt(2 / (shape[-1] + shape[-2]))
 
 
-def _vision_std(name: str, shape: torch.Size, config: VisionConfig) -> float | None:
-    """Of a weight of the tower, where nothing is published.
+def _prenorm_std(name: str, shape: torch.Size, size: int, num_sums: int) -> float | None:
+    """Of a weight of the tower or of a captioner, where nothing is published.
 
     Xavier, and as in CLIP: embeddings of unit length, and outputs of a pre-norm block small enough
-    for the sum of all blocks, each of which adds two.
+    for the sum of all blocks, which add `num_sums` of them.
     """
-    if name.endswith(("class_embedding", "position_embedding.weight")):
-        return config.hidden_size**-0.5
+    if name.endswith(("class_embedding", "position_embedding.weight", "embed_tokens.weight")):
+        return size**-0.5
+    if name.endswith("pooler.query"):
+        return shape[-1] ** -0.5
     if len(shape) == 1:
         return None
     is_output = name.endswith(("out_proj.weight", "fc2.weight"))
-    gain = (2 * config.num_layers) ** -0.5 if is_output else 1.0
+    gain = num_sums**-0.5 if is_output else 1.0
     return gain * math.sqrt(2 / (shape[0] + shape[1]))
 
 
@@ -72,6 +77,10 @@ def init_rows(
     leading dims, and `rows` may hold only some columns of each; of a parameter of one dim it is one
     element. The values depend neither on how a parameter is spread over ranks nor on the device.
     """
+    if name.endswith("log_scale"):
+        assert config.coca is not None
+        rows.fill_(-math.log(config.coca.initial_temperature))
+        return
     std = init_std(name, shape, config)
     if std is None or (not isinstance(std, Tensor) and std == 0.0):
         rows.fill_(1.0 if std is None else 0.0)

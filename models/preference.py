@@ -51,58 +51,63 @@ class _ByDocument(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, labels = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight: Tensor | None = None
+        total: Tensor | None = None
         if ctx.needs_input_grad[1]:
             # Summed over documents in fp32 at least.
-            total = torch.promote_types(weight.dtype, torch.float32)
-            d_weight = torch.zeros_like(weight, dtype=total)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            total = torch.zeros_like(weight, dtype=dtype)
         first = 0
         for length, gradient in zip(ctx.lengths, gradients[0].unbind(), strict=True):
             part = slice(first, first + length)
             first += length
-            rows = hidden[part].detach().requires_grad_(d_hidden is not None)
-            matrix = weight.detach().requires_grad_(d_weight is not None)
-            wanted = [one for one in (rows, matrix) if one.requires_grad]
-            with torch.enable_grad():
-                loss = linear_cross_entropy(rows, matrix, labels[part])
-            found = iter(torch.autograd.grad(loss, wanted, gradient))
-            if d_hidden is not None:
-                d_hidden[part] = next(found)
-            if d_weight is not None:
-                d_weight += next(found)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+            d_rows = None if d_hidden is None else d_hidden[part]
+            _add_gradients(hidden[part], weight, labels[part], gradient, d_rows, total)
+        return d_hidden, None if total is None else total.to(weight.dtype), None, None
+
+
+def _add_gradients(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    gradient: Tensor,
+    d_rows: Tensor | None,
+    total: Tensor | None,
+) -> None:
+    """Of one document: `d_rows` is written, `total` added to. What it holds is free behind it."""
+    rows = rows.detach().requires_grad_(d_rows is not None)
+    weight = weight.detach().requires_grad_(total is not None)
+    wanted = [one for one in (rows, weight) if one.requires_grad]
+    with torch.enable_grad():
+        loss = linear_cross_entropy(rows, weight, labels)
+    found = iter(torch.autograd.grad(loss, wanted, gradient))
+    if d_rows is not None:
+        d_rows.copy_(next(found))
+    if total is not None:
+        total += next(found)
 
 
 class PreferenceLoss(NamedTuple):
     """Sums over pairs; all but the first are without gradients."""
 
-    loss_sum: Tensor
-    num_right: Tensor
-    """Pairs whose chosen answer has the higher reward."""
-    margin_sum: Tensor
-    """Of the chosen rewards less the rejected ones."""
-    chosen_reward_sum: Tensor
-    """beta times by how much the answer is likelier than to the reference."""
-    rejected_reward_sum: Tensor
+    loss: Tensor
+    reward_margin: Tensor
+    """By how much the chosen answer's reward, beta times its log-ratio, is above the other's."""
+    reward_accuracy: Tensor
+    """1 for each pair whose margin is above 0."""
+    chosen_log_ratio: Tensor
+    """By how much the answer's log-probability is above the reference's, in nats."""
+    rejected_log_ratio: Tensor
 
 
-def preference_loss(
-    policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0
-) -> PreferenceLoss:
+def preference_loss(policy: Tensor, reference: Tensor, *, beta: float) -> PreferenceLoss:
     """`-log sigmoid(beta ((pc - rc) - (pr - rr)))`, summed over pairs.
 
     Args:
         policy: `[pairs, 2]` log-probabilities of the chosen and the rejected answers.
         reference: the same of the reference, without gradients.
-        label_smoothing: share of pairs taken to be the wrong way round.
     """
-    rewards = beta * (policy - reference.detach())
-    margins = rewards[:, 0] - rewards[:, 1]
-    losses = -functional.logsigmoid(margins)
-    if label_smoothing:
-        wrong = -functional.logsigmoid(-margins)
-        losses = (1 - label_smoothing) * losses + label_smoothing * wrong
-    margins, rewards = margins.detach(), rewards.detach()
-    return PreferenceLoss(
-        losses.sum(), (margins > 0).sum(), margins.sum(), rewards[:, 0].sum(), rewards[:, 1].sum()
-    )
+    log_ratios = policy - reference.detach()
+    margins = beta * (log_ratios[:, 0] - log_ratios[:, 1])
+    loss = -functional.logsigmoid(margins).sum()
+    margins, sums = margins.detach(), log_ratios.detach().sum(0)
+    return PreferenceLoss(loss, margins.sum(), (margins > 0).sum(), sums[0], sums[1])

@@ -229,12 +229,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_active_parameters(model: TextModel) -> int:
+def count_active_parameters(model: nn.Module) -> int:
     """Parameters that one token passes through, without embedding and head (the paper's count).
 
     What makes an image's features of its pixels does not count either.
     """
-    config = model.config
+    config: Any = model.config
     total = 0
     for name, parameter in model.named_parameters():
         if name.startswith(NOT_ACTIVE):

@@ -17,7 +17,7 @@ from fulmen.models.config import VisionConfig
 
 CHANNELS = 3
 # Not cuDNN, which torch would choose: it builds a plan for each new number of tiles.
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class PatchEmbedding(nn.Linear):
@@ -61,16 +61,20 @@ class VisionEmbeddings(nn.Module):
 
     def positions(self, side: int) -> Tensor:
         """`[1 + side * side, hidden_size]`, resized bicubically if the tile is of another size."""
-        weight = self.position_embedding.weight
-        if side == self.side:
-            return weight
-        matrix = _resizing(self.side, side).to(weight.device)
-        # Matrices rather than `interpolate`, whose backward pass on a GPU adds in any order.
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        matrix = matrix.to(wide.dtype)
-        grid = wide[1:].unflatten(0, (self.side, self.side))
-        resized = torch.einsum("yi,ijh,xj->yxh", matrix, grid, matrix).flatten(0, 1)
-        return torch.cat([wide[:1], resized]).to(weight.dtype)
+        return resize_positions(self.position_embedding.weight, self.side, side)
+
+
+def resize_positions(weight: Tensor, old: int, new: int) -> Tensor:
+    """`[1 + old^2, hidden_size]` to `[1 + new^2, hidden_size]`: bicubic, the class token's kept."""
+    if new == old:
+        return weight
+    matrix = _resizing(old, new).to(weight.device)
+    # Matrices rather than `interpolate`, whose backward pass on a GPU adds in any order.
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    matrix = matrix.to(wide.dtype)
+    grid = wide[1:].unflatten(0, (old, old))
+    resized = torch.einsum("yi,ijh,xj->yxh", matrix, grid, matrix).flatten(0, 1)
+    return torch.cat([wide[:1], resized]).to(weight.dtype)
 
 
 @lru_cache(maxsize=8)
@@ -102,7 +106,7 @@ class VisionAttention(nn.Module):
         if x.shape[0] == 0:
             # A batch that kernels refuse; still all weights are to have a gradient, of zero.
             return self.out_proj((q + k + v).transpose(1, 2).flatten(2))
-        with sdpa_kernel(_KERNELS) if x.is_cuda else nullcontext():
+        with sdpa_kernel(KERNELS) if x.is_cuda else nullcontext():
             attended = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulmen.models.coca import CoCa
 from fulmen.models.config import ModelConfig, MoEConfig
 from fulmen.models.image_layout import NEWLINE
 from fulmen.models.layers import Cache
@@ -99,7 +100,17 @@ class VisionLanguageModel(TextModel):
         return torch.where(is_newline, self.image_newline, self.multi_modal_projector(shown))
 
 
-def build_model(config: ModelConfig, moe: MoEConfig) -> TextModel:
+def build_model(config: ModelConfig, moe: MoEConfig) -> TextModel | CoCa:
     """The model that a configuration describes, without values."""
+    return build_language_model(config, moe) if config.coca is None else CoCa(config)
+
+
+def build_language_model(config: ModelConfig, moe: MoEConfig) -> TextModel:
+    """The same, for what reads and writes text; `ValueError` for a tower with its captioner."""
+    if config.coca is not None:
+        raise ValueError(
+            "this model is a vision tower that learns from captions (model.coca), no language "
+            "model: train on with it, or begin a VL model's stage I from its tower"
+        )
     kind = TextModel if config.vision is None else VisionLanguageModel
     return kind(config, moe)

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from fulmen.models.coca import Attention, CaptionBlock, CoCa, Contrast, Pooler, TextHead
 from fulmen.models.layers import RMSNorm
 from fulmen.models.lightning import LightningAttention
 from fulmen.models.moe import Experts, MoE, Router
@@ -41,17 +42,22 @@ ROW_SEAMS = {
     "count_over_row": "counts over a whole row",
     "collect": "shows patches of any rank's tiles",
 }
+DATA_SEAMS = {"gather": "compares with the pairs of all ranks"}
+"""The same where ranks have other rows."""
 """Method -> why a layer that has it needs another one where rows are spread."""
 EXPERT_SEAMS = {"dispatch": "sends tokens to experts"}
 TOKEN_WISE = (nn.Embedding, nn.Linear, RMSNorm, Router, Head, nn.LayerNorm, PatchEmbedding)
 """Look at one token, or patch, at a time: nothing to do, wherever the tokens are."""
 TILE_WISE = (VisionEmbeddings, VisionAttention)
 """Look at one tile of an image at a time, which is never cut: nothing to do, wherever it is run."""
-MIXING = (LightningAttention, SoftmaxAttention, MoE, Experts, VisionLanguageModel)
+PAIR_WISE = (Attention, Pooler)
+"""Look at one image with its caption at a time: with them no row is spread over ranks."""
+MIXING = (LightningAttention, SoftmaxAttention, MoE, Experts, VisionLanguageModel, Contrast)
 """Have seams."""
 CONTAINERS = (
     *(TextModel, Block, nn.ModuleList, Projector),
     *(VisionTower, VisionTransformer, VisionEncoder, VisionBlock, VisionMLP),
+    *(CoCa, CaptionBlock, TextHead),
 )
 """Only call what is inside."""
 EXPERT_AXES = ("ep", "etp")
@@ -64,7 +70,7 @@ def audit(model: nn.Module, engine: ZeroEngine, config: ParallelConfig) -> str:
     experts = f"experts, ep={config.ep} etp={config.etp}"
     layers = [
         ("layer", "number", f"tokens, cp={config.cp}", experts),
-        *_layer_rows(model, config),
+        *_layer_rows(model, config, engine.mesh.world_size),
     ]
     parameters = [
         ("parameter", "number", "shape", "on a rank", "split", "ZeRO", "gradient summed over"),
@@ -81,11 +87,11 @@ def audit(model: nn.Module, engine: ZeroEngine, config: ParallelConfig) -> str:
     )
 
 
-def _layer_rows(model: nn.Module, config: ParallelConfig) -> list[Row]:
+def _layer_rows(model: nn.Module, config: ParallelConfig, world_size: int) -> list[Row]:
     numbers: dict[tuple[str, str, str], int] = {}
     for name, module in model.named_modules():
         kind = _kind(module)
-        if kind not in TOKEN_WISE + TILE_WISE + MIXING + CONTAINERS:
+        if kind not in TOKEN_WISE + TILE_WISE + PAIR_WISE + MIXING + CONTAINERS:
             raise TypeError(
                 f"{name} ({kind.__name__}) is of a type that parallel/audit.py does not know: say "
                 "there whether it looks at one token at a time, and give it a plan if it does not"
@@ -93,6 +99,7 @@ def _layer_rows(model: nn.Module, config: ParallelConfig) -> list[Row]:
         if kind in CONTAINERS:
             continue
         tokens = _seams(name, module, ROW_SEAMS, spread=config.cp > 1, key="parallel.cp > 1")
+        tokens = tokens or _seams(name, module, DATA_SEAMS, spread=world_size > 1, key="the batch")
         experts = _seams(
             name,
             module,
@@ -106,6 +113,7 @@ def _layer_rows(model: nn.Module, config: ParallelConfig) -> list[Row]:
             plans = [_seams(name, module, shared, spread=True, key=key), experts]
             experts = "; ".join(filter(None, plans))
         alone = "within a tile" if kind in TILE_WISE else "each by itself"
+        alone = "within a pair" if kind in PAIR_WISE else alone
         row = (kind.__name__, tokens or alone, experts or "-")
         numbers[row] = numbers.get(row, 0) + 1
     return [(kind, str(number), *plan) for (kind, *plan), number in numbers.items()]

@@ -6,13 +6,14 @@ from typing import cast
 
 import torch
 
-from fulmen.models.init import init_rows
+from fulmen.models.coca import CoCa
 from fulmen.models.lightning import LightningAttention
 from fulmen.models.moe import MoE
 from fulmen.models.softmax import SoftmaxAttention
 from fulmen.models.text import Block, TextModel
 from fulmen.models.vision import VisionBlock
 from fulmen.models.vl import VisionLanguageModel
+from fulmen.parallel.captions import parallelize_coca
 from fulmen.parallel.checkpointing import checkpoint_activations
 from fulmen.parallel.config import ParallelConfig, check_experts
 from fulmen.parallel.expert import spread_experts
@@ -23,11 +24,12 @@ from fulmen.parallel.router import shared_allowance
 from fulmen.parallel.seams import fill_seam
 from fulmen.parallel.sequence import sum_counts
 from fulmen.parallel.softmax import softmax_over_ranks
-from fulmen.parallel.zero import ZeroEngine, local_rows
+from fulmen.parallel.values import give_values
+from fulmen.parallel.zero import ZeroEngine
 
 
 def parallelize(
-    model: TextModel,
+    model: TextModel | CoCa,
     mesh: Mesh,
     config: ParallelConfig,
     *,
@@ -45,6 +47,19 @@ def parallelize(
     from the inside out, memory, values. Nothing is allocated before each rank knows its part. The
     parameters named in `frozen` get no gradients.
     """
+    if isinstance(model, CoCa):
+        assert not compile_blocks
+        assert chunk_tokens is None
+        return parallelize_coca(
+            model,
+            mesh,
+            config,
+            dtype=dtype,
+            activation_checkpointing=activation_checkpointing,
+            offload_checkpoints=offload_checkpoints,
+            seed=seed,
+            frozen=frozen,
+        )
     blocks = [block for block in model.layers if isinstance(block, Block)]
     assert len(blocks) == len(model.layers)
     for block in blocks:
@@ -80,18 +95,7 @@ def parallelize(
     for module in (model.embed_tokens, model.lm_head, model):
         engine.shard(module, dense_stage)
 
-    engine.materialize()
-    for name, parameter in engine.parameters.items():
-        for rows, first_row, first_column in local_rows(parameter):
-            init_rows(
-                rows,
-                name,
-                parameter.shape,
-                config=model.config,
-                seed=seed,
-                first_row=first_row,
-                first_column=first_column,
-            )
+    give_values(engine, model.config, seed)
     return engine
 
 

@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -45,9 +47,17 @@ TINY = [
     "evaluation.max_tokens=512",
 ]
 
-# Stands for torchrun: at most two processes, and every training run becomes tiny.
+# The same for a tower with a captioner, which has no experts.
+TINY_TOWER = ["trainer.max_steps=2", "evaluation.max_tokens=512"]
+
+# Stand for python and torchrun: processes forked from one that has imported torch, two at most, and
+# every training run becomes tiny. What make runs is the environment's own.
+PYTHON = """#!/bin/sh
+exec {warm} "$@"
+"""
 TORCHRUN = """#!/bin/sh
-exec {python} {folder}/shrink.py {python} -m torch.distributed.run "$@"
+export PYTHON_EXEC={folder}/bin/python
+exec {real} -I -S {folder}/shrink.py $PYTHON_EXEC -m torch.distributed.run "$@"
 """
 SHRINK = """
 import os, sys
@@ -56,7 +66,7 @@ if "--nproc-per-node" in words:
     at = words.index("--nproc-per-node") + 1
     words[at] = str(min(2, int(words[at])))
 if "launch/pretrain.py" in words:
-    words += {tiny}
+    words += {tower} if any("vl01_vit" in word for word in words) else {tiny}
 os.execv(words[0], words)
 """
 
@@ -68,7 +78,7 @@ def commands(document: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that looks like a checkout, whose runs and data are its own."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ["launch", "recipes", "docs", "benchmarks"]:
@@ -82,11 +92,23 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / ".venv" / entry.name).symlink_to(entry)
     (folder / ".venv" / ".fulmen-setup").touch()
     (folder / "bin").mkdir()
-    (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY))
-    torchrun = folder / "bin" / "torchrun"
-    torchrun.write_text(TORCHRUN.format(python=sys.executable, folder=folder))
-    torchrun.chmod(0o755)
-    return folder
+    (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY, tower=TINY_TOWER))
+    for name, text in (("python", PYTHON), ("torchrun", TORCHRUN)):
+        program = folder / "bin" / name
+        command = " ".join(warm.python(folder / "socket"))
+        program.write_text(text.format(real=sys.executable, warm=command, folder=folder))
+        program.chmod(0o755)
+    with warm.start(folder / "socket"):
+        yield folder
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_is_seen(checkout: Path) -> None:
+    python = str(checkout / "bin" / "python")
+    ends = {"import sys; sys.exit(3)": 3, "raise KeyError": 1, "import os; os.abort()": -6}
+    for code, end in ends.items():
+        done = subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL)
+        assert done.returncode == end, code
 
 
 @pytest.mark.slow

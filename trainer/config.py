@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -18,6 +19,8 @@ from fulmen.trainer.metrics import LogConfig
 from fulmen.trainer.reading.config import ReadingConfig, check_reading
 
 Schema = TypeVar("Schema")
+OBJECTIVES = ("language_modelling", "preference", "coca")
+"""Values of `objective`; trainer/objective.py."""
 
 
 @dataclass
@@ -130,6 +133,28 @@ class CheckpointConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """The `preference` group, of what has objective=preference."""
+
+    beta: float = 0.1
+    """An answer's reward over by how much its log-probability is above the reference's."""
+    patience: int | None = None
+    """End after so many evaluations in turn without a lower held-out loss; null = never early."""
+    min_improvement: float = 0.0
+    """By how much, in nats per pair, a held-out loss has to be below the lowest one to count."""
+
+
+@dataclass
+class ZeroShotConfig:
+    """A labelled folder by which a tower is judged (trainer/zero_shot.py)."""
+
+    path: str = MISSING
+    """Prepared folder whose captions are names of classes; its split `valid` is classified."""
+    templates: list[str] = field(default_factory=lambda: ["{}"])
+    """Texts in which {} is a class's name; their embeddings are averaged."""
+
+
+@dataclass
 class EvaluationConfig:
     """The `evaluation` group: loss on held-out documents, long texts, and images to read."""
 
@@ -141,12 +166,16 @@ class EvaluationConfig:
     """Retrieval from long texts."""
     reading: ReadingConfig = field(default_factory=ReadingConfig)
     """Questions about held-out images."""
+    zero_shot: dict[str, ZeroShotConfig] = field(default_factory=dict)
+    """Zero-shot classification of labelled folders, by a name of their own; for objective=coca."""
 
 
 @dataclass
 class StageConfig:
     """One stage of `stages`; what is null or empty in it is as in the run's own keys."""
 
+    objective: str | None = None
+    """In place of the run's objective."""
     tokens: int | None = None
     """Trained tokens; null = the sum of the phases of the stage's schedule."""
     seq_len: int | None = None
@@ -175,6 +204,10 @@ class StageConfig:
     """Keys of `trainer` that differ."""
     optim: dict[str, Any] = field(default_factory=dict)
     """Keys of `optim` that differ, also within `optim.groups`."""
+    preference: dict[str, Any] = field(default_factory=dict)
+    """Keys of `preference` that differ."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Keys of `evaluation` that differ."""
 
 
 @dataclass
@@ -187,11 +220,15 @@ class RunConfig:
     """Folder of all runs; this one's is run_root/recipe/run_id."""
     run_id: str | None = None
     """Name of the run; null = the SLURM job's id, or the date and time."""
+    objective: str = "language_modelling"
+    """What is minimised: language_modelling (the next token's cross entropy), preference (DPO, on
+    sources of pairs) or coca (a vision tower learns from captions)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
@@ -219,6 +256,8 @@ def check_config(config: RunConfig, world_size: int) -> None:
     check_model(config.model, config.moe)
     check_parallel(config.parallel, world_size)
     check_experts(config.parallel, config.model, world_size)
+    _check_choice("objective", config.objective, OBJECTIVES)
+    _check_captioning(config)
     _check_choice("optim.name", config.optim.name, ["adamw", "apex_fused_adam"])
     _check_choice("trainer.dtype", config.trainer.dtype, ["bfloat16", "float32"])
     checkpointing = config.trainer.activation_checkpointing
@@ -250,10 +289,73 @@ def check_config(config: RunConfig, world_size: int) -> None:
         raise ValueError("data.sources is empty: name at least one prepared source and its path")
     _check_batches(config, world_size)
     check_groups(config.optim)
+    _check_preference(config)
     long = config.evaluation.long_context
     key = "evaluation.long_context."
     check_tasks(long.tasks, long.lengths, long.depths, long.samples, key)
     check_reading(config.evaluation.reading, config.data.sources)
+
+
+def _check_preference(config: RunConfig) -> None:
+    settings = config.preference
+    if settings.beta <= 0:
+        raise ValueError(f"preference.beta={settings.beta}: must be above 0")
+    if settings.min_improvement < 0:
+        raise ValueError(
+            f"preference.min_improvement={settings.min_improvement}: must not be negative"
+        )
+    if settings.patience is not None and settings.patience < 1:
+        raise ValueError(
+            f"preference.patience={settings.patience}: must be at least 1, or null to train to the "
+            "end"
+        )
+    if config.objective != "preference":
+        return
+    if config.parallel.cp > 1:
+        raise ValueError(
+            f"parallel.cp={config.parallel.cp} does not go with objective=preference: both answers "
+            "of a pair lie in one row, which one rank holds whole; set parallel.cp=1 (in a stage: "
+            "stages.NAME.parallel.cp=1)"
+        )
+    if settings.patience is not None and config.evaluation.every_steps is None:
+        raise ValueError(
+            f"preference.patience={settings.patience} counts evaluations, and there are none: set "
+            "evaluation.every_steps (in a stage: stages.NAME.evaluation.every_steps), or "
+            "preference.patience=null"
+        )
+
+
+def _check_captioning(config: RunConfig) -> None:
+    is_captioner = config.model.coca is not None
+    if is_captioner != (config.objective == "coca"):
+        raise ValueError(
+            f"objective={config.objective} does not go with model.coca "
+            f"{'given' if is_captioner else 'null'}: a model with model.coca learns with "
+            "objective=coca, and no other does"
+        )
+    if not is_captioner:
+        if config.evaluation.zero_shot:
+            raise ValueError("evaluation.zero_shot needs objective=coca")
+        return
+    for key, value in (
+        ("parallel.cp", config.parallel.cp),
+        ("parallel.ep", config.parallel.ep),
+        ("parallel.etp", config.parallel.etp),
+    ):
+        if value != 1:
+            raise ValueError(
+                f"{key}={value}: objective=coca is data parallel alone, for captions are short and "
+                "there are no experts: set it to 1"
+            )
+    long_context = config.evaluation.long_context.every_steps
+    for key, given in (
+        ("trainer.compile", config.trainer.compile),
+        ("trainer.chunk_tokens", config.trainer.chunk_tokens is not None),
+        ("evaluation.long_context.every_steps", long_context is not None),
+        ("optim.groups.*.frozen", any(one.frozen for one in config.optim.groups.values())),
+    ):
+        if given:
+            raise ValueError(f"{key} is not for objective=coca: leave it out")
 
 
 def _check_memory(trainer: TrainerConfig) -> None:
@@ -343,7 +445,7 @@ def check_groups(config: OptimConfig) -> None:
             raise ValueError(f"{key}.weight_decay={group.weight_decay}: must not be negative")
 
 
-def _check_choice(key: str, value: str, choices: list[str]) -> None:
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{key}={value}: must be one of {', '.join(choices)}")
 

@@ -116,8 +116,24 @@ def _stage(row: Row) -> str:
     return f"  {row['stage']}" if row.get("stage") else ""
 
 
-def _losses_text(losses: Mapping[str, float]) -> str:
-    return "  ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
+def _preference(row: Row) -> str:
+    """What a step on pairs has beside its loss."""
+    if "reward_margin" not in row:
+        return ""
+    right = _number(row, "reward_accuracy", ".0%")
+    return f"  margin {_number(row, 'reward_margin', '.3f')}  right {right}"
+
+
+def _values_text(values: Mapping[str, float]) -> str:
+    """`loss web 4.100  books 4.250`, metric after metric, of values by `METRIC/SOURCE`."""
+    words, before = [], ""
+    for name, value in values.items():
+        metric, source = name.split("/", 1)
+        words.append(
+            f"{source} {value:.3f}" if metric == before else f"{metric} {source} {value:.3f}"
+        )
+        before = metric
+    return "  ".join(words)
 
 
 class PlainConsole:
@@ -133,15 +149,16 @@ class PlainConsole:
         left = self._text.seconds_left(self._text.fraction(step, tokens))
         self._say(
             f"step {self._text.step(step)}{_stage(row)}  tokens {self._text.tokens(tokens)}"
-            f"  loss {_number(row, 'loss', '.3f')}  grad {_number(row, 'grad_norm', '.2f')}"
+            f"  loss {_number(row, 'loss', '.3f')}{_preference(row)}"
+            f"  grad {_number(row, 'grad_norm', '.2f')}"
             f"  lr {_number(row, 'lr', '.1e')}  {short_number(row.get('tokens_per_s'))} tok/s"
             f"  mfu {_number(row, 'mfu', '.1%')}  eta {clock(left)}"
         )
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         self._say(
             f"eval {self._text.step(step)}  tokens {self._text.tokens(tokens)}"
-            f"  loss {_losses_text(losses)}"
+            f"  {_values_text(values)}"
         )
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
@@ -181,6 +198,7 @@ class LiveConsole:
         fraction = self._text.fraction(step, tokens)
         numbers = (
             f"{self._text.tokens(tokens)} tokens  loss {_number(row, 'loss', '.3f')}"
+            f"{_preference(row)}"
             f"  {short_number(row.get('tokens_per_s'))} tok/s  mfu {_number(row, 'mfu', '.1%')}"
             f"  eta {clock(self._text.seconds_left(fraction))}"
         )
@@ -192,9 +210,9 @@ class LiveConsole:
             numbers=numbers,
         )
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         self._progress.console.print(
-            f"eval {self._text.step(step).strip()}  loss {_losses_text(losses)}",
+            f"eval {self._text.step(step).strip()}  {_values_text(values)}",
             markup=False,
             highlight=False,
         )

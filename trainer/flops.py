@@ -10,7 +10,12 @@ the forward unless parts are frozen; nothing that is computed again, dropped or 
 - an expert's matrices per assignment that was carried out;
 - the vision tower by tiles: its matrices per token of a tile, the class token among them, and 4 *
   hidden_size * tokens^2 a block for attention in full; patch embeddings per patch;
-- the projector per image token, with those that end rows of patches, which are few.
+- the projector per image token, with those that end rows of patches, which are few;
+- a captioner (model.coca) by captions: unimodal layers for their tokens and a class token,
+  multimodal ones for their tokens, half of the square in each, cross-attention for every token and
+  patch; keys and values of patches per layer that sees. How all embeddings compare with each other
+  does not count: 4 embedding_size for each pair of images in a contrast, 0.1 % of VL-01's tower at
+  32,768 of them.
 - of the backward pass, the gradient of a matrix only where it trains, and that of its input only
   where something trains that this input comes from; each is one forward's worth. An attention
   core's two forwards' worth count where something trains that its queries, keys or values come
@@ -48,7 +53,7 @@ def forward_flops(
     config: ModelConfig,
     *,
     num_tokens: int,
-    sum_squared_lengths: int,
+    sum_squared_lengths: float,
     num_assignments: int,
     num_tiles: float = 0,
     num_image_tokens: float = 0,
@@ -67,6 +72,10 @@ def forward_flops(
     softmax_layers = config.num_softmax_layers
     lightning_layers = config.num_layers - softmax_layers
     hidden = config.hidden_size
+    if config.coca is not None:
+        return _captioner_flops(
+            config, num_tokens - num_image_tokens, sum_squared_lengths, num_tiles
+        )
     seeing = {}
     if config.vision is not None:
         size = config.vision.hidden_size
@@ -86,6 +95,33 @@ def forward_flops(
         "router": config.num_layers * num_tokens * 2 * hidden * config.num_experts,
         "experts": num_assignments * 6 * hidden * config.expert_hidden_size,
         "head": num_tokens * 2 * hidden * config.vocab_size,
+    }
+
+
+def _captioner_flops(
+    config: ModelConfig, num_text_tokens: float, sum_squared_lengths: float, num_images: float
+) -> dict[str, float]:
+    """`forward_flops` of a tower with its captioner; each document is an image and its text."""
+    vision, coca = config.vision, config.coca
+    assert vision is not None
+    assert coca is not None
+    size, seen, patches = config.hidden_size, vision.hidden_size, vision.tiling.patches_per_tile
+    # (patches + text)^2, summed, less what is not text^2.
+    squares = sum_squared_lengths - num_images * patches**2 - 2 * patches * num_text_tokens
+    read = num_text_tokens + num_images  # with class tokens
+    read_squares = squares + 2 * num_text_tokens + num_images
+    block = 2 * (4 * size**2 + 2 * size * config.expert_hidden_size)
+    cross = num_text_tokens * (2 * 2 * size**2 + 4 * size * patches)
+    cross += num_images * patches * 2 * 2 * seen * size
+    pooled = 2 * (2 * patches + 2) * seen**2 + 4 * seen * patches + 2 * seen * coca.embedding_size
+    unimodal, layers = coca.num_unimodal_layers, config.num_layers
+    return {
+        "vision_tower": num_images * tile_flops(vision),
+        "pooler": num_images * (pooled + 2 * size * coca.embedding_size),
+        "unimodal_layers": unimodal * (read * block + 4 * size * read_squares / 2),
+        "multimodal_layers": (layers - unimodal)
+        * (num_text_tokens * block + 4 * size * squares / 2 + cross),
+        "head": num_text_tokens * 2 * size * config.vocab_size,
     }
 
 
@@ -182,7 +218,7 @@ def training_flops(
     config: ModelConfig,
     *,
     num_tokens: int,
-    sum_squared_lengths: int,
+    sum_squared_lengths: float,
     num_assignments: int,
     num_tiles: float = 0,
     num_image_tokens: float = 0,
@@ -290,9 +326,11 @@ class Throughput:
             num_image_tokens=self._image_tokens,
             passes=self._passes,
         )
-        palm = palm_training_flops(
-            self._config, num_tokens=self._tokens, seq_len=self._seq_len, passes=self._passes
-        )
+        palm = None
+        if self._config.coca is None:  # PaLM's convention knows one text model alone
+            palm = palm_training_flops(
+                self._config, num_tokens=self._tokens, seq_len=self._seq_len, passes=self._passes
+            )
         per_device = elapsed * self._world_size
         row = {
             "step_time_s": elapsed / self._steps,
@@ -300,7 +338,7 @@ class Throughput:
             "flops_per_token": flops / self._tokens,
             "tflops_per_device": flops / per_device / 1e12,
             "mfu": flops / per_device / self._peak if self._peak else None,
-            "mfu_palm": palm / per_device / self._peak if self._peak else None,
+            "mfu_palm": palm / per_device / self._peak if palm and self._peak else None,
         }
         self.restart()
         return row

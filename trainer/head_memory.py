@@ -8,6 +8,21 @@ HEAD_SUMMED_CHUNKS = 32
 """As in kernels/cross_entropy/triton_cross_entropy.py, which needs Triton to be imported."""
 
 
+def head_bytes(
+    tokens: int, hidden: int, vocab: int, e: int, trained: int, longest: int | None
+) -> int:
+    """Bytes at the head's peak: gradients of both factors, its input, and what logits take.
+
+    `trained` is the size of its weight, or 0. With `longest`, the most tokens of a document, it
+    goes document by document (models/preference.py): in the backward pass it holds the fp32 sum of
+    the weight's gradients beside one of them, and a document's own gradients.
+    """
+    both = 2 * e * tokens * hidden + e * trained
+    if longest is None:
+        return both + head_scratch(tokens, hidden, vocab, e)
+    return both + FP32 * trained + e * longest * hidden + head_scratch(longest, hidden, vocab, e)
+
+
 def head_scratch(tokens: int, hidden: int, vocab: int, e: int) -> int:
     """Bytes of logits beside the gradients, and of the sum of many visits' gradients."""
     rows = max(HEAD_CHUNK_BYTES // (vocab * e) // HEAD_ROWS * HEAD_ROWS, HEAD_ROWS)

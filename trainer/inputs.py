@@ -46,11 +46,11 @@ def model_inputs(
         ids, labels = ids[:, here].contiguous(), labels[:, here].contiguous()
         cu_seqlens = torch.tensor([0, *accumulate(part.lengths)], dtype=torch.int32)
         inputs["num_tokens"] = min(max(batch.num_tokens - part.first, 0), tokens)
-        inputs |= {"positions": _to_device(positions, mesh.device), "row_part": part}
+        inputs |= {"positions": to_device(positions, mesh.device), "row_part": part}
     return inputs | {
-        "input_ids": _to_device(ids, mesh.device),
-        "labels": _to_device(labels, mesh.device),
-        "cu_seqlens": _to_device(cu_seqlens, mesh.device),
+        "input_ids": to_device(ids, mesh.device),
+        "labels": to_device(labels, mesh.device),
+        "cu_seqlens": to_device(cu_seqlens, mesh.device),
         "document_lengths": cu_seqlens.diff().tolist(),
     }
 
@@ -63,7 +63,7 @@ def image_inputs(images: PackedImages, num_tokens: int, mesh: Mesh) -> Images:
     placed = [(image.first, image.layout) for image in images.images]
     here = tile_range(images.num_tiles, mesh.cp_rank, mesh.cp)
     assert here == (images.first_tile, images.first_tile + len(images.tiles))
-    pixels = normalise_tiles(_to_device(images.tiles, mesh.device))
+    pixels = normalise_tiles(to_device(images.tiles, mesh.device))
     if mesh.cp == 1:
         return Images(pixels, *(_indices(part, mesh.device) for part in place_images(placed)))
     plan = plan_patches(placed, mesh.cp_rank, mesh.cp, num_tokens // mesh.cp)
@@ -89,10 +89,11 @@ def check_images(splits: Sequence[PreparedSplit], vision: VisionConfig | None) -
 
 
 def _indices(array: np.ndarray, device: torch.device) -> Tensor:
-    return _to_device(torch.from_numpy(array), device)
+    return to_device(torch.from_numpy(array), device)
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, by pinned memory, so that nothing waits."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
+from fulmen.models.coca import CoCa
 from fulmen.models.config import MoEConfig
 from fulmen.models.text import TextModel
-from fulmen.models.vl import build_model
+from fulmen.models.vl import build_language_model
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.plan import parallelize
@@ -19,7 +20,7 @@ def load_model(checkpoint: Path, *, dtype: torch.dtype, device: torch.device) ->
     """The model of a checkpoint folder, on one device; routing is dropless, as in inference."""
     config = load_model_config(checkpoint)
     with torch.device("meta"):
-        model = build_model(config, MoEConfig())
+        model = build_language_model(config, MoEConfig())
     weights = CheckpointWeights(checkpoint)
     # One tensor at a time, so that host memory holds no second copy of the model. Routers stay in
     # fp32, as in training: rounded weights would send some tokens to other experts.
@@ -36,7 +37,32 @@ def load_spread_model(
 ) -> TextModel:
     """The same, spread as in training; all ranks call it."""
     with torch.device("meta"):
-        model = build_model(load_model_config(checkpoint), MoEConfig())
+        model = build_language_model(load_model_config(checkpoint), MoEConfig())
+    _spread(model, checkpoint, dtype=dtype, mesh=mesh, parallel=parallel)
+    return model.eval()
+
+
+def load_captioner(
+    checkpoint: Path, *, dtype: torch.dtype, mesh: Mesh, parallel: ParallelConfig
+) -> CoCa:
+    """A tower with its captioner, spread; all ranks call it. `ValueError` for another model."""
+    config = load_model_config(checkpoint)
+    if config.coca is None:
+        raise ValueError(f"{checkpoint} is no tower with a captioner (model.coca): it has no texts")
+    with torch.device("meta"):
+        model = CoCa(config)
+    _spread(model, checkpoint, dtype=dtype, mesh=mesh, parallel=parallel)
+    return model.eval()
+
+
+def _spread(
+    model: TextModel | CoCa,
+    checkpoint: Path,
+    *,
+    dtype: torch.dtype,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+) -> None:
     engine = parallelize(
         model,
         mesh,
@@ -55,4 +81,3 @@ def load_spread_model(
         checkpointer.load(checkpoint, tensors)
     finally:
         checkpointer.close()
-    return model.eval()

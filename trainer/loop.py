@@ -1,44 +1,45 @@
-"""The training loop. Read `Trainer.fit`, then `Trainer.train_step`, then `models/text.py`."""
+"""The training loop. Read `Trainer.fit`, then `train_step`, `objective.py` and `models/text.py`."""
 
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
 
-from fulmen.data.loader import PackedLoader, StepBatch
-from fulmen.data.packing import PackedBatch
-from fulmen.data.shards import PreparedSplit
-from fulmen.models.text import (
-    LossOutput,
-    count_active_parameters,
-    count_parameters,
-)
+from fulmen.data.loader import StepBatch
+from fulmen.models.text import count_active_parameters, count_parameters
 from fulmen.models.vl import build_model
 from fulmen.parallel.audit import audit
 from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.plan import parallelize
 from fulmen.parallel.progress import phase
+from fulmen.trainer.captions import Captioning
 from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
-from fulmen.trainer.evaluate import evaluate
 from fulmen.trainer.flops import Throughput, count_passes_by_part, device_peak
 from fulmen.trainer.groups import resolve_groups
-from fulmen.trainer.inputs import check_images, model_inputs
 from fulmen.trainer.long_context.in_loop import LongContext
-from fulmen.trainer.manifest import CheckpointError
+from fulmen.trainer.manifest import MANIFEST, CheckpointError, checksum
 from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
+from fulmen.trainer.objective import LanguageModelling, Objective
 from fulmen.trainer.optim import MOMENTS, Optimizer
+from fulmen.trainer.preference import Preference
 from fulmen.trainer.reading.in_loop import Reading
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
-from fulmen.trainer.stages import list_shares, run_tokens, shares_at
+from fulmen.trainer.sources import open_held_out, open_loader
+from fulmen.trainer.stages import drawn_sources, list_stages, run_tokens
 from fulmen.trainer.start import Start, find_start
-from fulmen.trainer.step_stats import StepStats
 from fulmen.trainer.stop import Stop
 from fulmen.trainer.weights import changed_keys, check_same_model
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "language_modelling": LanguageModelling,
+    "preference": Preference,
+    "coca": Captioning,
+}
 
 
 class Trainer:
@@ -63,7 +64,7 @@ class Trainer:
         self.tokens = 0
         torch.manual_seed(config.seed)  # torch itself begins with another seed in every process
         with torch.device("meta"):
-            self.model = build_model(config.model, config.moe)
+            self.model = cast(Any, build_model(config.model, config.moe))
         names = [name for name, _ in self.model.named_parameters()]
         settings = resolve_groups(config.optim, names)
         self.engine = parallelize(
@@ -82,8 +83,10 @@ class Trainer:
             if mesh.rank == 0:
                 log.info(line)
         self.optimizer = Optimizer(self.engine, config.optim, settings)
-        self.loader = self._open_loader(self._resume())
-        self.held_out = self._open_held_out()
+        state = self._resume()
+        self.loader = open_loader(self.run_config, self.start, mesh, state.get("loader"))
+        self.held_out = open_held_out(self.run_config, mesh)
+        self.objective = self._open_objective(state.get("objective", {}))
         self.long_context = LongContext.open(config, self.model, mesh)
         self.reading = Reading.open(config, self.model, mesh, run_dir)
         self._throughput = Throughput(
@@ -107,6 +110,9 @@ class Trainer:
             return
         with self._open_metrics() as metrics:
             (self.run_dir / DONE).unlink(missing_ok=True)  # of a run that now goes on for longer
+            self.objective.prepare(
+                self.run_dir / self.config.objective / self.stage.name, self._weights
+            )
             self._throughput.restart()
             while not self.stage_finished and not self.stop.asked:
                 phase("data", self.step)
@@ -115,7 +121,7 @@ class Trainer:
                 started = time.perf_counter()
                 batch = next(self.loader)
                 data_wait_s = time.perf_counter() - started
-                stats, grad_norm, lr = self.train_step(batch)
+                grad_norm, lr = self.train_step(batch)
                 self.step += 1
                 self.tokens += batch.num_tokens
                 self._throughput.add_step(
@@ -125,16 +131,20 @@ class Trainer:
                     num_image_tokens=batch.num_image_tokens,
                 )
                 if self._is_due(config.log.every_steps):
-                    row = self._row(batch, stats, grad_norm) | {
+                    row = self._row(batch, grad_norm) | {
                         "lr": lr,
                         "data_wait_s": data_wait_s,
                     }
                     metrics.log_step(row)
-                ends = self.stage_finished
-                if self.held_out and (self._is_due(config.evaluation.every_steps) or ends):
+                is_due = self._is_due(config.evaluation.every_steps)
+                if self._evaluates and (is_due or self.stage_finished):
                     phase("evaluation")
-                    metrics.log_eval(self.step, self.tokens, self._evaluate())
+                    values = self.objective.evaluate()
+                    metrics.log_eval(self.step, self.tokens, values)
+                    if is_due:
+                        self.objective.watch(self.step, values)
                     self._throughput.restart()
+                ends = self.stage_finished
                 if self.long_context and (self._is_due(self.long_context.every) or ends):
                     phase("long texts")
                     metrics.log_scores(self.step, self.tokens, self.long_context.scores())
@@ -152,37 +162,37 @@ class Trainer:
         if self.finished:
             self._mark_done()
 
-    def train_step(self, batch: StepBatch) -> tuple[StepStats, torch.Tensor, float]:
-        """One optimiser step; returns device-side statistics, gradient norm and learning rate."""
-        config = self.config
-        stats = StepStats(config.model.num_layers, config.model.num_experts, self.mesh.device)
-        num_aux_losses = self._num_aux_losses(batch)
+    def train_step(self, batch: StepBatch) -> tuple[torch.Tensor, float]:
+        """One optimiser step; returns gradient norm, on the device, and learning rate."""
+        self.objective.begin_step(batch)
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.begin_micro_batch(is_last=index == len(batch.micro_batches) - 1)
             phase("forward")
-            output = self._forward(micro_batch)
-            # Global counts, because gradients are summed over ranks: see parallel/zero.py.
-            loss = output.loss_sum / batch.num_labels
-            aux_loss = config.moe.aux_loss_coef * output.aux_loss / num_aux_losses
+            loss = self.objective.loss(micro_batch)
             phase("backward")
-            (loss + aux_loss).backward()
-            stats.add(output)
+            loss.backward()
         phase("gradient norm")
-        grad_norm = self.engine.clip_grad_norm(config.optim.grad_clip)
+        grad_norm = self.engine.clip_grad_norm(self.config.optim.grad_clip)
         phase("optimiser")
         lr = self.stage.learning_rate(
             step=self.step, tokens=self.tokens, first_step=self.start.first_step
         )
         self.optimizer.step(lr)
-        return stats, grad_norm, lr
+        return grad_norm, lr
 
     @property
     def finished(self) -> bool:
-        """Whether the run's step or token limit is reached."""
+        """Whether the run's step or token limit is reached, or its objective sees no gain."""
         max_steps = self.config.trainer.max_steps
-        return self.tokens >= run_tokens(self.run_config) or (
-            max_steps is not None and self.step >= max_steps
+        return (
+            self.tokens >= run_tokens(self.run_config)
+            or (max_steps is not None and self.step >= max_steps)
+            or self.objective.finished
         )
+
+    @property
+    def _evaluates(self) -> bool:
+        return self.config.evaluation.every_steps is not None
 
     @property
     def stage_finished(self) -> bool:
@@ -197,10 +207,12 @@ class Trainer:
             "tokens": self.tokens,
             "optimizer_steps": self.optimizer.steps,
             "loader": loader_state,
+            "objective": {"name": self.config.objective, **self.objective.state()},
             "stage": {
                 "name": self.stage.name,
                 "first_step": self.start.first_step,
-                "ended": bool(self.stage.name) and self.tokens >= self.stage.end,
+                "ended": bool(self.stage.name)
+                and (self.tokens >= self.stage.end or self.objective.finished),
             },
         }
         config = OmegaConf.to_yaml(OmegaConf.structured(self.config))
@@ -212,16 +224,6 @@ class Trainer:
         self.loader.close()
         self.checkpointer.close()
 
-    def _forward(self, batch: PackedBatch) -> LossOutput:
-        output = self.model(**model_inputs(batch, self.mesh, self.config.model.vision))
-        assert isinstance(output, LossOutput)
-        return output
-
-    def _num_aux_losses(self, batch: StepBatch) -> int:
-        """Load-balancing losses of a layer in a step, of which each rank has a part."""
-        is_global = self.config.moe.aux_loss_scope == "global"
-        return len(batch.micro_batches) * (1 if is_global else self.mesh.dp)
-
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {
             f"model.{name}": parameter.detach()
@@ -231,11 +233,11 @@ class Trainer:
         tensors[f"rng.{self.mesh.rank}"] = torch.get_rng_state()
         return tensors
 
-    def _resume(self) -> dict[str, Any] | None:
-        """Load the checkpoint to start from; returns the loader's state."""
+    def _resume(self) -> dict[str, Any]:
+        """Load the checkpoint to start from; returns its trainer's state, if it has one."""
         path = self.start.checkpoint
         if path is None:
-            return None
+            return {}
         phase("resume")
         check_same_model(path, self.start.origin.model)
         for change in changed_keys(path, self.start.origin):
@@ -244,7 +246,7 @@ class Trainer:
         state, absent = self.checkpointer.load(path, tensors)
         if not state:
             log.info("starting at step 0 from the weights of %s", path)
-            return None
+            return {}
         steps = state["optimizer_steps"]
         if isinstance(steps, int):  # of a version without frozen parts
             steps = dict.fromkeys(self.engine.trainable, steps)
@@ -259,51 +261,30 @@ class Trainer:
         if new:
             log.info("%d parameters were frozen there: their moments begin at 0", len(new))
         log.info("resumed at step %d, %d tokens, from %s", self.step, self.tokens, path)
-        return state["loader"]
+        return state
 
-    def _open_loader(self, state: dict[str, Any] | None) -> PackedLoader:
-        config = self.config
-        # Not `self`: the loader's thread would keep the trainer, and so the loader, alive.
-        run_config, stage = self.run_config, self.stage
-        loader = PackedLoader(
-            config.data.sources,
-            seq_len=config.data.seq_len,
-            micro_batch_tokens=config.trainer.micro_batch_tokens,
-            batch_tokens=stage.batch_tokens,
-            shares=lambda tokens: shares_at(run_config, stage.inside(tokens)),
-            length_bounds=config.data.length_bounds,
-            seed=config.seed,
-            vocab_size=config.model.vocab_size,
-            dp_rank=self.mesh.dp_rank,
-            dp_size=self.mesh.dp,
-            prefetch_steps=config.data.prefetch_steps,
-            image_workers=config.data.image_workers,
-            tile_part=(self.mesh.cp_rank, self.mesh.cp),
-            state=state,
-        )
-        check_images(loader.splits, config.model.vision)
-        for name, shares in list_shares(run_config):
+    def _open_objective(self, state: dict[str, Any]) -> Objective:
+        """The stage's; sources that some stage's cannot use are an error now."""
+        for stage in list_stages(self.run_config):
+            drawn = drawn_sources(self.run_config, stage.index)
+            train = [split for split in self.loader.splits if split.name in drawn]
+            held_out = {} if stage.config.evaluation.every_steps is None else self.held_out
+            kind = OBJECTIVES[stage.config.objective]
             try:
-                loader.check_shares(shares)
+                kind.check_sources(train, held_out)
             except ValueError as error:
-                raise ValueError(f"stages.{name}: {error}") from None
-        return loader
-
-    def _open_held_out(self) -> dict[str, PreparedSplit]:
-        if self.config.evaluation.every_steps is None:
-            return {}
-        vocab_size = self.config.model.vocab_size
-        return {
-            name: PreparedSplit(
-                source.path,
-                "valid",
-                name=name,
-                vocab_size=vocab_size,
-                part=self.mesh.dp_rank,
-                num_parts=self.mesh.dp,
-            )
-            for name, source in self.config.data.sources.items()
-        }
+                raise ValueError(f"stages.{stage.name}: {error}" if stage.name else error) from None
+            if stage.index == self.stage.index:
+                objective = kind(self.config, self.model, self.mesh, train, held_out)
+        if self.step > self.start.first_step:  # else the state is that of the stage before
+            before = state.get("name", "language_modelling")
+            if before != self.config.objective:
+                raise CheckpointError(
+                    f"objective={self.config.objective}, but {self.start.checkpoint} is from "
+                    f"within objective={before}: begin a new run from its weights, or a stage"
+                )
+            objective.load_state(state)
+        return objective
 
     def _open_metrics(self) -> MetricsLogger | NullMetrics:
         if self.mesh.rank != 0:
@@ -331,27 +312,30 @@ class Trainer:
         if self.mesh.rank == 0:
             (self.run_dir / DONE).touch()
 
+    @property
+    def _weights(self) -> str:
+        """What tells the weights that the trainer began with from others."""
+        path = self.start.checkpoint
+        return f"seed {self.config.seed}" if path is None else checksum(path / MANIFEST)
+
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0
 
-    def _row(self, batch: StepBatch, stats: StepStats, grad_norm: torch.Tensor) -> dict[str, Any]:
+    def _row(self, batch: StepBatch, grad_norm: torch.Tensor) -> dict[str, Any]:
         phase("statistics")
         self._check_finite(grad_norm)
-        reduced = stats.reduce()  # waits for the device, so the time read below is that of the work
+        read = self.objective.read_step()  # waits for the device: the time below is of all work
         stage = {"stage": self.stage.name} if self.stage.name else {}
         return {
             "step": self.step,
             "tokens": self.tokens,
             **stage,
             "seq_len": self.config.data.seq_len,
-            "loss": reduced.loss_sum / batch.num_labels,
-            "aux_loss": reduced.aux_loss_sum / self._num_aux_losses(batch),
+            **read,
             "grad_norm": grad_norm.item(),
-            "drop_rate": reduced.drop_rate,
-            "expert_imbalance": reduced.expert_imbalance,
             "memory_gib": self._memory_gib(),
             "batch_digest": batch.digest,
-            **self._throughput.read(drop_rate=reduced.drop_rate),
+            **self._throughput.read(drop_rate=read["drop_rate"]),
             **{
                 f"{ACCOUNT_PREFIX}{source}/{bucket}": tokens
                 for source, buckets in batch.state["account"].items()
@@ -374,13 +358,3 @@ class Trainer:
             return peak / 2**30
         # Peak resident set of this process; Linux counts it in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-    def _evaluate(self) -> dict[str, float]:
-        return evaluate(
-            self.model,
-            self.held_out,
-            self.mesh,
-            seq_len=self.config.data.seq_len,
-            micro_batch_tokens=self.config.trainer.micro_batch_tokens,
-            max_tokens=self.config.evaluation.max_tokens,
-        )

@@ -56,14 +56,14 @@ from math import ceil, prod
 
 import torch
 
-from fulmen.models.config import ModelConfig, MoEConfig, VisionConfig
+from fulmen.models.config import CoCaConfig, ModelConfig, MoEConfig, VisionConfig
 from fulmen.models.text import count_active_parameters, count_parameters
 from fulmen.models.vl import build_model
 from fulmen.parallel.zero import expert_shard_dim
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.core_memory import core_inputs, core_outputs, softmax_work
 from fulmen.trainer.groups import Settings, resolve_groups
-from fulmen.trainer.head_memory import head_scratch
+from fulmen.trainer.head_memory import head_bytes
 from fulmen.trainer.sizes import FP32, Sizes, compute_bytes, sizes_of
 from fulmen.trainer.tower_memory import tower_activations, tower_work
 
@@ -111,8 +111,8 @@ class ModelCount:
 @lru_cache(maxsize=4)
 def _count(values: tuple) -> ModelCount:
     config = ModelConfig(*values)
-    if config.vision is not None:
-        config.vision = VisionConfig(*values[-1])  # a dataclass inside becomes a tuple too
+    config.vision = values[-2] and VisionConfig(*values[-2])  # dataclasses inside are tuples too
+    config.coca = values[-1] and CoCaConfig(*values[-1])
     with torch.device("meta"):
         model = build_model(config, MoEConfig())
     shapes = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
@@ -200,7 +200,7 @@ def _list_units(
 
 def _unit_of(name: str) -> tuple[int, str]:
     words = name.split(".")
-    if name == "image_newline":
+    if name in ("image_newline", "class_embedding", "position_embedding.weight"):
         return -1, "norm"
     if words[0] == "vision_tower" and "layers" in words:
         return -1, ".".join(words[:5])
@@ -369,8 +369,8 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
 
     zero = Held(units, micro_batches)
     parts, reduce = zero.parts, zero.reduce
-    scratch = head_scratch(s.T, s.h, config.model.vocab_size, s.e)
-    in_head = 2 * s.e * s.T * s.h + s.e * head.trained_whole + scratch
+    longest = config.data.seq_len if config.objective == "preference" else None
+    in_head = head_bytes(s.T, s.h, config.model.vocab_size, s.e, head.trained_whole, longest)
     yield parts(head, activations=rest + sum(layers) + on_its_way, head=in_head)
 
     reduce(head)

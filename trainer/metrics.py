@@ -22,6 +22,7 @@ from fulmen.trainer.console import Row, Value, console_sink
 
 WANDB_CHOICES = ("online", "offline", "off")
 EVAL_PREFIX = "eval_loss/"
+"""Of held-out cross entropies by source."""
 ACCOUNT_PREFIX = "tokens/"
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ class Sink(Protocol):
     def log_step(self, row: Row) -> None:
         """Take the row of a training step."""
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
-        """Take the losses of an evaluation, by source."""
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        """Take the values of an evaluation, named `METRIC/SOURCE`."""
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
         """Take scores of long texts and of images, 0 to 1, by name."""
@@ -116,10 +117,10 @@ class MetricsLogger:
         self._jsonl.log_step(row)
         self._to_others(lambda sink: sink.log_step(row))
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
-        """Log an evaluation after `step`: the loss of each source, in nats per label."""
-        self._jsonl.log_eval(step, tokens, losses)
-        self._to_others(lambda sink: sink.log_eval(step, tokens, losses))
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        """Log an evaluation after `step`; its values are named `METRIC/SOURCE`."""
+        self._jsonl.log_eval(step, tokens, values)
+        self._to_others(lambda sink: sink.log_eval(step, tokens, values))
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
         """Log scores after `step`: `TASK/LENGTH` of long texts, `reading/SOURCE/NAME` of images."""
@@ -158,7 +159,7 @@ class NullMetrics:
     def log_step(self, row: Row) -> None:
         """Drop a row."""
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         """Drop an evaluation."""
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
@@ -191,8 +192,8 @@ class JsonlSink:
         self._file.write(encode_row(row) + "\n")
         self._file.flush()
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
-        named = {f"{EVAL_PREFIX}{source}": loss for source, loss in losses.items()}
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        named = {f"eval_{name}": value for name, value in values.items()}
         self.log_step({"step": step, "tokens": tokens, **named})
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
@@ -293,14 +294,10 @@ def chart_values(row: Row) -> dict[str, float]:
     }
 
 
-def chart_losses(losses: Mapping[str, float]) -> dict[str, float]:
-    """Evaluation losses under the names that wandb and TensorBoard show."""
-    return {f"eval/loss/{source}": loss for source, loss in losses.items()}
-
-
-def chart_scores(scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores under the names that wandb and TensorBoard show."""
-    return {f"eval/{name}": accuracy for name, accuracy in scores.items()}
+def chart_evaluation(values: Mapping[str, float]) -> dict[str, float]:
+    """Held-out values, or scores of texts and images, under the names that wandb and TensorBoard
+    show."""
+    return {f"eval/{name}": value for name, value in values.items()}
 
 
 def wandb_run_id(run_name: str) -> str:
@@ -350,11 +347,11 @@ class WandbSink:
         assert isinstance(tokens, int)
         self._put(row["step"], {"tokens": tokens, **chart_values(row)})
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
-        self._put(step, {"tokens": tokens, **chart_losses(losses)})
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        self._put(step, {"tokens": tokens, **chart_evaluation(values)})
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
-        self._put(step, {"tokens": tokens, **chart_scores(scores)})
+        self._put(step, {"tokens": tokens, **chart_evaluation(scores)})
 
     def close(self, *, failed: bool) -> None:
         self._failed = failed
@@ -453,11 +450,11 @@ class TensorboardSink:
     def log_step(self, row: Row) -> None:
         self._put(row["step"], {"train/tokens": row["tokens"], **chart_values(row)})
 
-    def log_eval(self, step: int, tokens: int, losses: Mapping[str, float]) -> None:
-        self._put(step, chart_losses(losses))
+    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        self._put(step, chart_evaluation(values))
 
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
-        self._put(step, chart_scores(scores))
+        self._put(step, chart_evaluation(scores))
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()

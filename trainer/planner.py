@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fulmen.trainer.coca_memory import coca_moments
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.flops import count_passes_by_part, forward_flops, training_flops
 from fulmen.trainer.memory import (
@@ -30,7 +31,7 @@ from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_sizes, batch_tokens
 from fulmen.trainer.sizes import Sizes, compute_bytes, sizes_of
 from fulmen.trainer.stages import Stage, list_stages, run_tokens
-from fulmen.trainer.tower_memory import images_in
+from fulmen.trainer.tower_memory import documents_in
 
 NODE = 8
 """GPUs joined by NVLink."""
@@ -131,9 +132,8 @@ def step_flops(config: RunConfig, batch: int) -> float:
     return training_flops(
         model,
         num_tokens=batch,
-        sum_squared_lengths=batch * config.data.seq_len,
         num_assignments=batch * model.num_experts_per_token * model.num_layers,
-        **images_in(model, batch),
+        **documents_in(model, batch, config.data.seq_len),
         passes=passes_by_part(config),
     )
 
@@ -182,14 +182,21 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
     flops = forward_flops(
         model,
         num_tokens=s.T,
-        sum_squared_lengths=s.T * config.data.seq_len,
         num_assignments=s.rows // s.etp * model.num_layers,
-        **images_in(model, s.T),
+        **documents_in(model, s.T, config.data.seq_len),
     )
     peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
     passes, trained = count_passes(config), passes_by_part(config)
     # Of passes that frozen parts do without; ops bound by memory are counted whole.
     less = {part: 3 - trained.get(part, 3) for part in flops}
+    if model.coca is not None:
+        again = config.trainer.activation_checkpointing == "full"
+        return {
+            kind.replace("_", " "): (3 + (again and kind != "head"))
+            * work
+            / (peak * assume.matmul_share)
+            for kind, work in flops.items()
+        }
     lightning = model.num_layers - model.num_softmax_layers
     core_bytes = lightning * s.e * s.T * s.i * passes.lightning_tensors
     bandwidth = gpu.memory_gb_per_s * 1e9
@@ -206,7 +213,10 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         seeing = {"vision tower": tower / matmul_rate}
     return seeing | {
         "projections": projections / matmul_rate,
-        "head": (3 - less["head"]) * flops["head"] / matmul_rate,
+        # Document by document, logits are formed forward and once more backward.
+        "head": (3 + (config.objective == "preference") - less["head"])
+        * flops["head"]
+        / matmul_rate,
         "experts": (passes.experts - less["experts"])
         * flops["experts"]
         / (peak * assume.grouped_share),
@@ -401,6 +411,10 @@ class Plan:
 def predict_memory(config: RunConfig, gpus: int) -> dict[str, int]:
     """Bytes by part of a rank's peak, over the batch sizes of the schedule, with the margin."""
     most = max(micro_batches(config, gpus, size) for size in batch_sizes(config))
+    if config.model.coca is not None:
+        return add_margin(
+            max(coca_moments(config, gpus, most), key=lambda parts: sum(parts.values()))
+        )
     return add_margin(find_peak(config, gpus, most))
 
 
@@ -462,6 +476,7 @@ def describe_stage(stage: StagePlan) -> dict[str, Any]:
     parts = {name: round(size / GIB, 3) for name, size in stage.memory.items()}
     return {
         "name": stage.name or "schedule",
+        "objective": config.objective,
         "seq_len": config.data.seq_len,
         "rope_theta": config.model.rope_theta,
         "global_batch_tokens": first.tokens,
@@ -503,9 +518,8 @@ def _flops_by_kind(config: RunConfig) -> dict[str, float]:
     parts = forward_flops(
         model,
         num_tokens=1,
-        sum_squared_lengths=config.data.seq_len,
         num_assignments=model.num_experts_per_token * model.num_layers,
-        **images_in(model, 1),
+        **documents_in(model, 1, config.data.seq_len),
     )
     passes = passes_by_part(config)
     return {kind: passes.get(kind, 3) * flops for kind, flops in parts.items()}

@@ -164,6 +164,18 @@ def _sources(rows: Rows) -> list[str]:
     return [key.removeprefix(EVAL_PREFIX) for key in keys]
 
 
+def accuracies(rows: Rows) -> Panel:
+    """Of a tower's own pretraining: on held-out captions, and of zero-shot classification."""
+    kinds = {"eval_contrastive_accuracy/": "contrastive", "eval_zero_shot/": "zero-shot"}
+    lines = {
+        key: f"{name}, {key.partition('/')[2]}"
+        for prefix, name in kinds.items()
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if key.startswith(prefix)
+    }
+    return Panel("Held-out accuracy", "% right", lines, 100.0)
+
+
 def series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     """Tokens and values of the rows where `key` is a finite number."""
     points = [
@@ -204,6 +216,9 @@ def head_facts(rows: Rows, summary: dict[str, Any]) -> dict[str, str]:
     for key, source in score_names(rows).items():
         _, values = series(rows, key)
         facts[f"Final reading of {source}"] = f"{values[-1]:.1%}"
+    for key, name in accuracies(rows).lines.items():
+        _, values = series(rows, key)
+        facts[f"Final accuracy, {name}"] = f"{values[-1]:.1%}"
     if isinstance(summary.get("unigram_loss"), int | float):
         facts["Loss of a unigram model"] = f"{summary['unigram_loss']:.4f}"
     bad = [
@@ -289,7 +304,7 @@ def _curves(rows: Rows, unigram_loss: float | None) -> str:
             _figure("Loss", partial(_draw_loss, rows=rows, unigram_loss=unigram_loss), wide=True)
         )
     reading = Panel("Reading of held-out images", "% of answers", score_names(rows), 100.0)
-    for panel in (*PANELS, reading):
+    for panel in (*PANELS, accuracies(rows), reading):
         if any(series(rows, key)[0] for key in panel.lines):
             figures.append(_figure(panel.title, partial(_draw, rows=rows, panel=panel)))
     if not figures:

@@ -176,7 +176,7 @@ def check_fits(memory: dict[str, int], total: int, *, allowed: bool) -> None:
 def describe_run(config: RunConfig, trainer: Trainer, run_dir: Path) -> None:
     """Write what holds for all of a run; once the trainer has agreed to go on with its folder."""
     (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    if trainer.held_out:
+    if trainer.held_out and trainer.config.objective == "language_modelling":
         phase("unigram model")
         weights = {name: source.weight for name, source in config.data.sources.items()}
         loss = unigram_loss(trainer.loader.splits, trainer.held_out, weights)

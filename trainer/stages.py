@@ -30,7 +30,6 @@ from fulmen.trainer.config import (
     check_config,
     nearest_keys,
 )
-from fulmen.trainer.memory import list_settings
 from fulmen.trainer.schedule import batch_sizes, batch_tokens, learning_rate, total_tokens
 
 _OF_THE_RUN = ("max_steps", "max_tokens", "micro_batch_tokens", "allow_misfit")
@@ -78,9 +77,13 @@ def stage_config(config: RunConfig, index: int) -> RunConfig:
         return config
     name, stage = list(config.stages.items())[index]
     new = copy.deepcopy(config)
+    if stage.objective is not None:
+        new.objective = stage.objective
     new.parallel = _merged(new.parallel, stage.parallel, f"stages.{name}.parallel")
     new.trainer = _merged(new.trainer, stage.trainer, f"stages.{name}.trainer")
     new.optim = _merged(new.optim, stage.optim, f"stages.{name}.optim")
+    new.preference = _merged(new.preference, stage.preference, f"stages.{name}.preference")
+    new.evaluation = _merged(new.evaluation, stage.evaluation, f"stages.{name}.evaluation")
     if stage.seq_len is not None:
         new.data.seq_len = stage.seq_len
     if stage.rope_theta is not None:
@@ -165,6 +168,18 @@ def list_shares(config: RunConfig) -> list[tuple[str, Shares]]:
     ]
 
 
+def drawn_sources(config: RunConfig, index: int) -> set[str]:
+    """Sources that a stage can draw documents of."""
+    if not config.stages:
+        shares = [_of_sources(config)]
+    else:
+        stages = list(config.stages.values())
+        shares = [_shares(config, stages[index], late=late).sources for late in (False, True)]
+        if stages[index].transition_tokens:
+            shares.append(_shares(config, stages[index - 1], late=True).sources)
+    return {name for one in shares for name, share in one.items() if share > 0}
+
+
 def _shares(config: RunConfig, stage: StageConfig, *, late: bool) -> Shares:
     lengths = None
     if stage.lengths:
@@ -217,8 +232,7 @@ def check_run(config: RunConfig, world_size: int, *, all_here: bool = False) -> 
     all), because a job may end before a stage that needs others; but each has to be possible.
     """
     if not config.stages:
-        check_config(config, world_size)
-        list_settings(config)
+        _check_values(config, world_size)
         return
     for name in config.stages:
         _check_stage(config, name)
@@ -233,11 +247,18 @@ def check_run(config: RunConfig, world_size: int, *, all_here: bool = False) -> 
 def fault_of(stage: Stage, world_size: int) -> str | None:
     """Why `world_size` processes cannot run a stage, or None if they can."""
     try:
-        check_config(stage.config, world_size)
-        list_settings(stage.config)
+        _check_values(stage.config, world_size)
     except ValueError as error:
         return f"stages.{stage.name}: {error}" if stage.name else str(error)
     return None
+
+
+def _check_values(config: RunConfig, world_size: int) -> None:
+    check_config(config, world_size)
+    # Builds the model, and torch takes seconds to import; what is above is told before that.
+    from fulmen.trainer.memory import list_settings
+
+    list_settings(config)
 
 
 def _check_possible(stage: Stage) -> None:
@@ -261,6 +282,7 @@ def _check_possible(stage: Stage) -> None:
 def _check_stage(config: RunConfig, name: str) -> None:
     """What a stage has beyond the keys of a run."""
     key, stage = f"stages.{name}", config.stages[name]
+    last = list(config.stages.values())[-1]
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
         raise ValueError(f"{key}: a stage's name is letters, digits, _ and -, a letter first")
     for own in _OF_THE_RUN:
@@ -275,6 +297,13 @@ def _check_stage(config: RunConfig, name: str) -> None:
     _check_late(config, key, stage)
     tokens = _tokens(config, stage)
     place = list(config.stages).index(name)
+    merged = stage_config(config, place)
+    patience = merged.preference.patience
+    if merged.objective == "preference" and patience is not None and stage is not last:
+        raise ValueError(
+            f"{key}.preference.patience={patience}: only a run's last stage can end early, for "
+            "the others begin after given tokens; set it to null there"
+        )
     largest = max(
         size
         for index in range(max(0, place - 1), place + 1)

@@ -25,12 +25,31 @@ from fulmen.models.vision import CHANNELS
 FP32, INT64 = 4, 8
 
 
-def images_in(config: ModelConfig, tokens: int) -> dict[str, float]:
-    """Tiles and image tokens in so many tokens, as arguments of `forward_flops`."""
+def documents_in(config: ModelConfig, tokens: int, seq_len: int) -> dict[str, float]:
+    """What so many tokens hold, as arguments of `forward_flops`.
+
+    One document fills each row, all of it images where the model sees; or captioned images do.
+    """
     if config.vision is None:
-        return {}
+        return {"sum_squared_lengths": tokens * seq_len}
     per_tile = config.vision.tiling.patches_per_tile
-    return {"num_tiles": tokens / per_tile, "num_image_tokens": tokens}
+    if config.coca is not None:
+        pairs = count_pairs(config, tokens)
+        squares = tokens * tokens / pairs
+        found = {"num_tiles": pairs, "num_image_tokens": pairs * per_tile}
+        return found | {"sum_squared_lengths": squares}
+    return {
+        "sum_squared_lengths": tokens * seq_len,
+        "num_tiles": tokens / per_tile,
+        "num_image_tokens": tokens,
+    }
+
+
+def count_pairs(config: ModelConfig, tokens: int) -> float:
+    """Captioned images in so many tokens: captions are taken to be half as long as the longest."""
+    assert config.vision is not None
+    assert config.coca is not None
+    return tokens / (config.vision.tiling.patches_per_tile + config.coca.max_text_tokens / 2)
 
 
 def count_tiles(vision: VisionConfig, tokens: int) -> int:
@@ -54,15 +73,19 @@ def tower_activations(config: ModelConfig, tokens: int, e: int, policy: str) -> 
     vision = config.vision
     if vision is None:
         return 0
-    tiles, d = count_tiles(vision, tokens), vision.hidden_size
+    projector = tokens * (e * (vision.hidden_size + 3 * config.hidden_size) + 2 * INT64 + 1)
+    return tile_activations(vision, count_tiles(vision, tokens), e, policy) + projector
+
+
+def tile_activations(vision: VisionConfig, tiles: int, e: int, policy: str) -> int:
+    """Bytes that the tower keeps for so many tiles."""
     n = tiles * (vision.tiling.patches_per_tile + 1)
     pixels = tiles * vision.tiling.patches_per_tile * CHANNELS * vision.patch_size**2
     return (
         vision.num_layers * block_activations(vision, tiles, e, policy)
         + (e + FP32) * pixels
-        + e * n * d
+        + e * n * vision.hidden_size
         + 2 * FP32 * n
-        + tokens * (e * (d + 3 * config.hidden_size) + 2 * INT64 + 1)
     )
 
 

@@ -49,6 +49,16 @@ def test_equal_by_seed_and_parts(tmp_path: Path) -> None:
     assert right[: len(left)] == left
 
 
+def test_labelled_pictures_have_the_text_alone(tmp_path: Path) -> None:
+    options = {"captions": 0, "conversations": 0, "pairs": 0, "held_out": 3}
+    files = made(tmp_path / "a", **options, labelled=20, kinds=["digits"], letters=[1, 1])
+    assert [name for name in files if "labelled" in name] == ["labelled/train-00000.tar"]
+    texts = [sample["txt"].decode() for sample in samples(files["labelled/train-00000.tar"])]
+    assert len(texts) == 20
+    assert all(len(text) == 1 and text in "0123456789" for text in texts)
+    assert not any(is_held_out(text) for text in texts)
+
+
 def texts_of(sample: dict[str, bytes]) -> list[str]:
     """All that is written in the pictures of a sample."""
     if "txt" in sample:

@@ -210,7 +210,7 @@ def test_saving_is_a_copy(
     monkeypatch.setattr(dcp, "save", write_later)
     trainer = build(tiny_config(tiny_data), tmp_path)
     batch = next(trainer.loader)
-    _, grad_norm, _ = trainer.train_step(batch)
+    grad_norm, _ = trainer.train_step(batch)
     trainer.step, trainer.tokens = 1, batch.num_tokens
     expected = whole(trainer._tensors())
     state = json.loads(json.dumps(batch.state))

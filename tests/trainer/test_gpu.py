@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.pairs import preference_config, prepare_pairs
 from support.tiny import tiny_config
 
 from fulmen.parallel.mesh import build_mesh
@@ -45,11 +46,25 @@ def test_a_run_is_near_fp32_and_resumes(
     assert resumed == pytest.approx(low, rel=1e-3)
 
 
+def test_a_run_on_pairs_is_near_fp32(one_rank: torch.device, tmp_path: Path) -> None:
+    folder, losses = prepare_pairs(tmp_path / "data"), []
+    for dtype in ("float32", "bfloat16"):
+        config = preference_config(folder)
+        config.trainer.dtype = dtype
+        losses.append(losses_of(config, tmp_path / dtype, one_rank))
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2)
+
+
+@pytest.mark.parametrize("objective", ["language_modelling", "preference"])
 def test_a_step_does_not_wait_for_the_device(
-    one_rank: torch.device, tiny_data: Path, tmp_path: Path
+    objective: str, one_rank: torch.device, tiny_data: Path, tmp_path: Path
 ) -> None:
     config = config_of(tiny_data, "bfloat16", max_steps=4)
+    if objective == "preference":
+        config = preference_config(prepare_pairs(tmp_path / "data"))
+        config.trainer.dtype = "bfloat16"
     trainer = Trainer(config, build_mesh(config.parallel, one_rank), tmp_path)
+    trainer.objective.prepare(tmp_path, "these weights")
     try:
         trainer.train_step(next(trainer.loader))  # allocations and first calls may wait
         batch = next(trainer.loader)

@@ -97,7 +97,7 @@ def test_structured_config_gives_the_defaults() -> None:
 def test_rows_are_on_disk_before_close(tmp_path: Path) -> None:
     metrics = open_logger(tmp_path)
     metrics.log_step(step_row(1))
-    metrics.log_eval(1, 10_000, {"stdlib": 4.5, "docs": 4.75})
+    metrics.log_eval(1, 10_000, {"loss/stdlib": 4.5, "loss/docs": 4.75})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == step_row(1)
     assert json.loads(lines[1]) == {
@@ -197,7 +197,7 @@ with MetricsLogger(
     for step in (1, 2, 3):
         metrics.log_step({"step": step, "tokens": 100 * step, "loss": 5.0 / step, "mfu": None,
                           "batch_digest": "ab"})
-    metrics.log_eval(3, 300, {"stdlib": 2.5})
+    metrics.log_eval(3, 300, {"loss/stdlib": 2.5})
 """
 
 
@@ -395,7 +395,7 @@ def test_tensorboard_reads_back_without_redone_steps(tmp_path: Path) -> None:
     with open_logger(tmp_path, tensorboard=True) as metrics:
         for step in range(1, 7):
             metrics.log_step(step_row(step, loss=6.0))
-        metrics.log_eval(6, 60_000, {"stdlib": 5.0})
+        metrics.log_eval(6, 60_000, {"loss/stdlib": 5.0})
     events = scalars()
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert "train/mfu" not in events.Tags()["scalars"]
@@ -427,12 +427,17 @@ def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with open_logger(tmp_path) as metrics:
         metrics.log_step(step_row(120))
         metrics.log_step(step_row(400, mfu=0.4123, loss=math.nan, tokens=4_000_000))
-        metrics.log_eval(400, 4_000_000, {"stdlib": 4.1, "docs": 4.25})
+        metrics.log_step(step_row(120, loss=0.5, reward_margin=0.25, reward_accuracy=0.75))
+        metrics.log_eval(400, 4_000_000, {"loss/stdlib": 4.1, "loss/docs": 4.25})
+        metrics.log_eval(400, 4_000_000, {"dpo_loss/a": 0.5, "reward_margin/a": -0.125})
     assert capsys.readouterr().err.splitlines() == [
         "step   120/400  tokens 1.2M  loss 4.312  grad 0.81  lr 1.0e-03  12.3k tok/s  mfu -  eta -",
         "step   400/400  tokens 4.0M  loss nan  grad 0.81  lr 1.0e-03  12.3k tok/s  mfu 41.2%"
         "  eta 0:00",
+        "step   120/400  tokens 1.2M  loss 0.500  margin 0.250  right 75%  grad 0.81  lr 1.0e-03"
+        "  12.3k tok/s  mfu -  eta -",
         "eval   400/400  tokens 4.0M  loss stdlib 4.100  docs 4.250",
+        "eval   400/400  tokens 4.0M  dpo_loss a 0.500  reward_margin a -0.125",
     ]
 
 
@@ -442,7 +447,7 @@ def test_live_line_shows_the_step_and_keeps_evaluations() -> None:
     console = Console(file=screen, force_terminal=True, width=100, color_system=None)
     live = LiveConsole(StepText(1_000_000, None), console)
     live.log_step(step_row(25, mfu=0.5))
-    live.log_eval(25, 250_000, {"[docs]": 4.25})
+    live.log_eval(25, 250_000, {"loss/[docs]": 4.25})
     live.close(failed=False)
     text = screen.getvalue()
     assert "eval 25  loss [docs] 4.250" in text

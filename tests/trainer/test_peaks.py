@@ -11,10 +11,11 @@ from support.tiny import compose_config, tiny_config
 from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.loop import Trainer
-from fulmen.trainer.memory import GIB, moments, sizes_of
+from fulmen.trainer.memory import GIB, moments
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.planner import GPUS, Assumptions, make_plan, predict_step
 from fulmen.trainer.planner_search import changed, suggest
+from fulmen.trainer.sizes import sizes_of
 
 TOKENS = 131072
 FULL = {"activation_checkpointing": "full"}

@@ -24,13 +24,13 @@ from fulmen.parallel.config import ParallelConfig
 from fulmen.trainer import run
 from fulmen.trainer.config import OptimConfig, RunConfig
 from fulmen.trainer.flops import device_peak
+from fulmen.trainer.head_memory import head_scratch
 from fulmen.trainer.memory import (
     FP32,
     GIB,
     add_margin,
     count_model,
     find_peak,
-    head_scratch,
     layer_activations,
     list_units,
     model_activations,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fulmen.trainer.metrics import JsonlSink
+from fulmen.trainer.metrics import JsonlSink, read_metrics
 from fulmen.trainer.report import MAX_POINTS, head_facts, merge_rows, write_report
 
 
@@ -34,7 +34,7 @@ def write_run(run_dir: Path, *, steps: int = 20, source: str = "stdlib", **chang
             "memory_gib": 2.0,
         }
         sink.log_step({**row, **changes})
-    sink.log_eval(steps, 1000 * steps, {source: 7.125})
+    sink.log_eval(steps, 1000 * steps, {f"loss/{source}": 7.125})
     sink.close(failed=False)
 
 
@@ -54,6 +54,20 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+
+
+def test_accuracies_of_a_tower(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    sink = JsonlSink(tmp_path / "run" / "metrics.jsonl", resume_step=20)
+    for step, share in ((20, 0.5), (21, 0.75)):
+        values = {"contrastive_accuracy/captions": share, "zero_shot/digits": share / 2}
+        sink.log_eval(step, 1000 * step, values)
+    sink.close(failed=False)
+    page = write_report(tmp_path / "run").read_text()
+    assert "Held-out accuracy" in page
+    facts = head_facts(merge_rows(read_metrics(tmp_path / "run" / "metrics.jsonl")), {})
+    assert facts["Final accuracy, contrastive, captions"] == "75.0%"
+    assert facts["Final accuracy, zero-shot, digits"] == "37.5%"
 
 
 def test_page_holds_curves_values_config_and_samples(tmp_path: Path) -> None:
@@ -186,7 +200,7 @@ def test_stages_and_accounts_have_their_places(tmp_path: Path) -> None:
         row = {"step": step, "tokens": 1000 * step, "loss": 5.0, "stage": stage}
         account = {"tokens/books/long": 700 * step, "tokens/qa/short": 300 * step}
         sink.log_step({**row, "seq_len": seq_len, **account})
-    sink.log_eval(3, 3000, {"books": 4.0})
+    sink.log_eval(3, 3000, {"loss/books": 4.0})
     sink.close(failed=False)
     page = Page(write_report(tmp_path).read_text())
     text = "\n".join(page.texts)
