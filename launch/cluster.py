@@ -39,7 +39,8 @@ class ClusterConfig:
     interface: str | None = None
     """Network interface between the nodes, such as ib0; null = by the address that SLURM has."""
     cache_folder: str | None = None
-    """On each node's own disk, for kernels that Triton and torch.compile make."""
+    """On each node's own disk, for kernels that Triton and torch.compile make; may name variables
+    of the node, as in /tmp/$USER/fulmen."""
     python: str | None = None
     """Interpreter on the nodes; null = the one that submits."""
     setup: list[str] = field(default_factory=list)

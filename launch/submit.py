@@ -226,13 +226,13 @@ def render_environment(cluster: ClusterConfig, here: Path) -> str:
     if cluster.interface:
         variables |= {"NCCL_SOCKET_IFNAME": cluster.interface}
         variables |= {"GLOO_SOCKET_IFNAME": cluster.interface}
-    if cluster.cache_folder:
-        variables |= {"TRITON_CACHE_DIR": f"{cluster.cache_folder}/triton"}
-        variables |= {"TORCHINDUCTOR_CACHE_DIR": f"{cluster.cache_folder}/inductor"}
     if not cluster.gpus_per_node:
         variables["OMP_NUM_THREADS"] = "1"
     variables |= cluster.environment
     exports = [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
+    if cluster.cache_folder:
+        for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+            exports.append(f'export {name}="{cluster.cache_folder}/{name.split("_")[0].lower()}"')
     return "\n".join(["# Sourced by the job and on every node.", *exports, *cluster.setup]) + "\n"
 
 

@@ -53,11 +53,11 @@ def facts_of_node(config: PreflightConfig) -> dict[str, Any]:
     except OSError as error:
         faults.append(f"{config.folder} cannot be written: {error.strerror or error}")
     if config.cache_folder:
+        folder = os.path.expandvars(config.cache_folder)
         try:
-            write_speed(Path(config.cache_folder), size=4096)
+            write_speed(Path(folder), size=4096)
         except OSError as error:
-            reason = error.strerror or error
-            faults.append(f"cache_folder {config.cache_folder} cannot be written: {reason}")
+            faults.append(f"cache_folder {folder} cannot be written: {error.strerror or error}")
     return {
         "host": socket.gethostname(),
         "versions": versions() | ({"driver": gpus[0]["driver"]} if gpus else {}),

@@ -22,7 +22,7 @@ class PreflightConfig:
     folder: str = "."
     """Shared folder that must be writable and quick, such as the run's."""
     cache_folder: str | None = None
-    """Folder on each node for compiled kernels."""
+    """Folder on each node for compiled kernels; may name variables, $USER."""
     output: str | None = None
     """Folder for preflight.json and bad_nodes; null = print only."""
     meeting_s: float = 180.0
