@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from fulmen.trainer.config import to_dataclass
 from fulmen.trainer.preflight_config import PreflightConfig
 
-_OF_JOB = ("nodes", "rank", "address", "port", "processes", "gpus", "folder", "cache_folder", "output")
+_OF_JOB = {"nodes", "rank", "address", "port", "processes", "gpus", "folder", "cache_folder"}
+_OF_JOB |= {"output"}
 
 
 @dataclass
@@ -72,19 +74,21 @@ def read_cluster(path: str) -> ClusterConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), given)
         config = to_dataclass(merged, ClusterConfig)
-        limits = {key: value for key, value in config.preflight.items()}
+        limits = config.preflight
         _check_names(f"cluster={path}: preflight.", limits, PreflightConfig, but=_OF_JOB)
         OmegaConf.merge(OmegaConf.structured(PreflightConfig), limits)
     except OmegaConfBaseException as error:
         message = f"{error}".strip().partition("\n")[0]
         raise ValueError(f"cluster={path}: {error.full_key}: {message}") from None
     if config.gpus_per_node < 0 or config.processes < 1:
-        raise ValueError(f"cluster={path}: gpus_per_node and processes_per_node must not be below 0")
+        raise ValueError(
+            f"cluster={path}: gpus_per_node and processes_per_node must not be below 0"
+        )
     return config
 
 
 def _check_names(
-    where: str, given: dict[str, Any], schema: type, but: tuple[str, ...] = ()
+    where: str, given: dict[str, Any], schema: type, but: Collection[str] = ()
 ) -> None:
     known = [item.name for item in dataclasses.fields(schema) if item.name not in but]
     for key in given:

@@ -23,10 +23,11 @@ terminated=0
 on_term() { say "TERM: the run saves and stops"; terminated=1; }
 trap on_term TERM
 
-# Run a line of shell on every node, one task each. It is in the background so that traps run at once.
+# Run a line of shell on every node, one task each. It is in the background so that traps run at once. When one of them
+# ends, the others have so many seconds to end too (0: for ever).
 on_nodes() {
-  local line=$1; shift
-  srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --wait=60 \
+  local seconds=$1 line=$2; shift 2
+  srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --wait="$seconds" \
     bash -c '. "$HERE/environment.sh"; exec '"$line" _ "$@" &
   local pid=$! status
   while :; do
@@ -43,6 +44,7 @@ go_on() {
     say "requeued $RESTARTS times, slurm.requeues=$REQUEUES: submit again to go on"; exit 0
   fi
   say "requeued"
+  trap - TERM
   scontrol requeue "$SLURM_JOB_ID"
   sleep 300 # SLURM ends this script; its own end would count as the job's
   exit 1
@@ -78,7 +80,7 @@ while :; do
 
   if [ "$PREFLIGHT" = 1 ]; then
     rm -f "$HERE/bad_nodes" "$HERE/preflight.json"
-    on_nodes '"$PYTHON" "$CODE/launch/preflight.py" "$@"' "nodes=[$names]" "address=$address" "port=$port" \
+    on_nodes 0 '"$PYTHON" "$CODE/launch/preflight.py" "$@"' "nodes=[$names]" "address=$address" "port=$port" \
       "folder=$RUN" "output=$HERE" "processes=$PROCESSES" "${PREFLIGHT_ARGUMENTS[@]}"
     status=$?
     if [ -s "$HERE/bad_nodes" ]; then leave_out; fi
@@ -88,7 +90,7 @@ while :; do
 
   if [ "$status" = 0 ] && [ "$asked$terminated" = 00 ]; then
     saved=$(readlink "$RUN/checkpoints/latest")
-    on_nodes '"$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PROCESSES" \
+    on_nodes 60 '"$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PROCESSES" \
       --node-rank "$SLURM_NODEID" --master-addr "$ADDRESS" --master-port "$PORT" "$CODE/launch/pretrain.py" "$@"' \
       "${ARGUMENTS[@]}"
     status=$?

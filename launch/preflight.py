@@ -106,7 +106,7 @@ class Meeting:
             bad: Faults = judge()
             self._store.set(f"verdict/{topic}", json.dumps(bad))
             return bad
-        limit_s = self._config.meeting_s + self._config.exchange_s
+        limit_s = self._config.meeting_s + 2 * self._config.exchange_s
         deadline = time.monotonic() + limit_s
         while not self._store.check([f"verdict/{topic}"]):
             if time.monotonic() > deadline:

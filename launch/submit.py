@@ -1,4 +1,4 @@
-"""Submit a run to SLURM: `submit.py recipe=text01 cluster=FILE slurm.nodes=256 slurm.time=48:00:00`.
+"""Submit to SLURM: `submit.py recipe=text01 cluster=FILE slurm.nodes=256 slurm.time=48:00:00`.
 
 Any key of a run may follow. What the job needs is written to `RUN/slurm/<number>/`: the script
 (`job.sh`, from launch/job.sh), a copy of the code, the resolved configuration, the plan. With
@@ -108,7 +108,8 @@ def check_slurm(slurm: SlurmConfig) -> None:
     """Raise `ValueError`, naming the key."""
     if not re.fullmatch(_TIME, slurm.time):
         raise ValueError(f"slurm.time={slurm.time}: must look like 48:00:00 or 2-00:00:00")
-    for name, least in (("nodes", 1), ("notice_s", 1), ("requeues", 0), ("retries", 0), ("chain", 1)):
+    least_of = {"nodes": 1, "notice_s": 1, "requeues": 0, "retries": 0, "chain": 1}
+    for name, least in least_of.items():
         if getattr(slurm, name) < least:
             raise ValueError(f"slurm.{name}={getattr(slurm, name)}: must be at least {least}")
     # SLURM may signal up to a minute early, and what has begun must be worth it.
@@ -124,10 +125,7 @@ def seconds_of(time: str) -> int:
     days-hours, and so on."""
     days, _, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    if days:
-        units = (3600, 60, 1)
-    else:
-        units = (60, 1) if len(parts) < 3 else (3600, 60, 1)
+    units = [3600, 60, 1] if days or len(parts) == 3 else [60, 1]
     return int(days or 0) * 86_400 + sum(p * u for p, u in zip(parts, units, strict=False))
 
 
@@ -256,7 +254,8 @@ def send(slurm: SlurmConfig, run_dir: Path, here: Path) -> list[str]:
 
 
 def _sbatch(*words: str) -> str:
-    done = subprocess.run(["sbatch", *words], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = ["sbatch", *words]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     said = (done.stdout + done.stderr).strip()
     if done.returncode:
         raise ValueError(f"sbatch refuses {words[-1]}: {said}")

@@ -29,15 +29,17 @@ _PROBE_BYTES = 32 * 2**20
 _PACKAGES = ("torch", "triton", "numpy", "hydra-core", "safetensors", "tokenizers")
 _QUERY = (
     "index,name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,"
-    "clocks_throttle_reasons.hw_slowdown,pcie.link.width.current,pcie.link.width.max"
+    "pcie.link.width.current,{}.hw_slowdown"
 )
+_SLOWDOWN = ("clocks_event_reasons", "clocks_throttle_reasons")
+"""What newer and older drivers call it."""
 _SLOW_GPU, _SLOW_LINK = 0.85, 0.5
 """Of the median over all nodes; what is below is bad."""
 
 
 def facts_of_node(config: PreflightConfig) -> dict[str, Any]:
     """What this machine is, and `faults`: what is wrong with it whatever the others are."""
-    gpus, faults = list_gpus()
+    gpus, faults = ([], []) if config.gpus == 0 else list_gpus()
     faults += faults_of_gpus(gpus, config)
     speed = 0.0
     try:
@@ -82,15 +84,19 @@ def versions() -> dict[str, str]:
 
 
 def list_gpus() -> tuple[list[dict[str, Any]], list[str]]:
-    """The GPUs that nvidia-smi and CUDA_VISIBLE_DEVICES show, and faults; CPU machines have none."""
+    """The GPUs that nvidia-smi and CUDA_VISIBLE_DEVICES show, if any, and faults."""
     if shutil.which("nvidia-smi") is None:
         return [], []
-    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        return [], ["nvidia-smi does not answer within 60 s"]
-    if done.returncode:
+    for reasons in _SLOWDOWN:
+        query = f"--query-gpu={_QUERY.format(reasons)}"
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            return [], ["nvidia-smi does not answer within 60 s"]
+        if done.returncode == 0:
+            break
+    else:
         return [], [f"nvidia-smi fails: {(done.stdout + done.stderr).strip()[:200]}"]
     gpus = [parse_gpu(line) for line in done.stdout.splitlines() if line.strip()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -103,7 +109,7 @@ def list_gpus() -> tuple[list[dict[str, Any]], list[str]]:
 
 def parse_gpu(line: str) -> dict[str, Any]:
     """A line of nvidia-smi; what the chip does not tell is None."""
-    index, name, driver, total, used, ecc, slowed, width, most = (
+    index, name, driver, total, used, ecc, width, slowed = (
         word.strip() for word in line.split(",")
     )
     return {
@@ -115,7 +121,6 @@ def parse_gpu(line: str) -> dict[str, Any]:
         "ecc_errors": _number(ecc),
         "slowed": slowed == "Active",
         "pcie_width": _number(width),
-        "pcie_most": _number(most),
     }
 
 
@@ -142,8 +147,6 @@ def faults_of_gpus(gpus: list[dict[str, Any]], config: PreflightConfig) -> list[
             faults.append(f"{who}: its clocks are slowed down by the hardware")
         if (gpu["used_gib"] or 0) > config.max_used_gib:
             faults.append(f"{who}: {gpu['used_gib']:.1f} GiB of its memory are in use")
-        if gpu["pcie_most"] and (gpu["pcie_width"] or 0) < gpu["pcie_most"]:
-            faults.append(f"{who}: PCIe width {gpu['pcie_width']} of {gpu['pcie_most']}")
     return faults
 
 
@@ -151,8 +154,7 @@ def write_speed(folder: Path, *, size: int = _PROBE_BYTES) -> float:
     """MB/s of a new file with its fsync, which is read back and compared; `OSError` if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     content = os.urandom(size)
-    name = f".preflight-{socket.gethostname()}-{os.environ.get('SLURMD_NODENAME', '')}-{os.getpid()}"
-    path = folder / name
+    path = folder / f".preflight-{socket.gethostname()}-{os.getpid()}"
     started = time.perf_counter()
     try:
         with path.open("wb") as file:
@@ -183,8 +185,9 @@ def judge_facts(facts: Mapping[str, Mapping[str, Any] | None], address: str | No
     for key in dict.fromkeys(key for said in present.values() for key in said["versions"]):
         values = {node: said["versions"].get(key, "absent") for node, said in present.items()}
         _name_odd(bad, key, values)
-    kinds = {node: _kinds(said["gpus"]) for node, said in present.items()}
-    _name_odd(bad, "GPUs", kinds)
+    for key, name in (("GPUs", "name"), ("PCIe width", "pcie_width")):
+        kinds = {node: _kinds(said["gpus"], name) for node, said in present.items()}
+        _name_odd(bad, key, kinds)
     hosts = {said["host"] for said in present.values()}
     if len(facts) > 1 and len(hosts | {None} if None in facts.values() else hosts) > 1:
         own = _loopback(address)
@@ -194,8 +197,8 @@ def judge_facts(facts: Mapping[str, Mapping[str, Any] | None], address: str | No
     return bad
 
 
-def _kinds(gpus: list[dict[str, Any]]) -> str:
-    names = Counter(gpu["name"] for gpu in gpus)
+def _kinds(gpus: list[dict[str, Any]], key: str) -> str:
+    names = Counter(gpu[key] for gpu in gpus)
     return ", ".join(f"{count} x {name}" for name, count in names.items()) or "none"
 
 
@@ -221,7 +224,9 @@ def _add(bad: Faults, node: str, fault: str) -> None:
     bad.setdefault(node, []).append(fault)
 
 
-def judge_measures(measures: Mapping[str, Mapping[str, Any] | None], config: PreflightConfig) -> Faults:
+def judge_measures(
+    measures: Mapping[str, Mapping[str, Any] | None], config: PreflightConfig
+) -> Faults:
     """What is wrong by what the nodes measured; None for a node whose processes gave no result.
 
     A node's measures: `failure` ('' or why there are none), `reached` (number of the measurement
@@ -261,7 +266,8 @@ def judge_measures(measures: Mapping[str, Mapping[str, Any] | None], config: Pre
 def _judge_gpus(bad: Faults, good: Mapping[str, Mapping[str, Any]]) -> None:
     median = statistics.median(rate for one in good.values() for rate in one["tflops"])
     sums = Counter(value for one in good.values() for value in one["checksums"])
-    usual, _ = sums.most_common(1)[0]
+    usual, times = sums.most_common(1)[0]
+    most_agree = 2 * times > sums.total()
     node_median = statistics.median(one["node"] or 0 for one in good.values())
     links = [rate for one in good.values() for rate in one["pairs"]]
     for node, one in good.items():
@@ -270,7 +276,7 @@ def _judge_gpus(bad: Faults, good: Mapping[str, Mapping[str, Any]]) -> None:
                 text = f"GPU {index} multiplies at {rate:.0f} TFLOP/s, the median is {median:.0f}"
                 _add(bad, node, text)
         for index, value in enumerate(one["checksums"]):
-            if value != usual:
+            if most_agree and value != usual:
                 _add(bad, node, f"GPU {index} computes another product than the others")
         if (one["node"] or 0) < _SLOW_LINK * node_median:
             text = f"all-reduce inside: {one['node']:.0f} GB/s, the median is {node_median:.0f}"

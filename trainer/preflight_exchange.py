@@ -66,11 +66,10 @@ def measure_node(
     }
 
 
-def _collect(
-    pipes: list[Connection], deadline: float
-) -> tuple[list[dict[str, Any]], str, int]:
+def _collect(pipes: list[Connection], deadline: float) -> tuple[list[dict[str, Any]], str, int]:
     """Results by process, the first failure or '', and the number of the stage all came to."""
-    reached, results = [0] * len(pipes), {}
+    reached = [0] * len(pipes)
+    results: dict[int, dict[str, Any]] = {}
     failure, failed_at = "", len(_STAGES)
     while len(results) < len(pipes):
         open_pipes = [pipe for index, pipe in enumerate(pipes) if index not in results]

@@ -161,7 +161,11 @@ class MiniCluster:
         with (self.folder / "log" / f"{command[0]}.out").open("ab") as output:
             self._daemons.append(
                 subprocess.Popen(
-                    command, env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+                    command,
+                    env=self.environment,
+                    stdout=output,
+                    stderr=output,
+                    stdin=subprocess.DEVNULL,
                 )
             )
 

@@ -6,7 +6,6 @@ launch/submit.py. Whatever happens to one, its losses are those of the run that 
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -82,7 +81,9 @@ class Submitted:
 
     def wait_until(self, *states: str, job: str | None = None) -> None:
         job = job or self.jobs[-1]
-        self._wait(lambda: self.cluster.field(job, "JobState") in states, f"job {' or '.join(states)}")
+        self._wait(
+            lambda: self.cluster.field(job, "JobState") in states, f"job {' or '.join(states)}"
+        )
 
     def end(self) -> list[dict[str, Any]]:
         """Wait for the normal end of the last job; the rows of the run, without times."""
@@ -141,7 +142,6 @@ def test_a_job_runs_to_its_end(undisturbed: Submitted) -> None:
 
 
 def test_the_code_of_a_job_is_that_of_its_submission(undisturbed: Submitted) -> None:
-    log = undisturbed.output()
     facts = json.loads((undisturbed.here / "preflight.json").read_text())["facts"]
     assert set(facts) == {"n1", "n2"}
 
@@ -227,7 +227,7 @@ def test_a_node_with_another_version_is_named_and_left_out(
     fake = tmp_path / "fake" / "numpy-1.0.dist-info"
     fake.mkdir(parents=True)
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 1.0\n")
-    line = f'if [ "${{SLURMD_NODENAME:-}}" = n2 ]; then export PYTHONPATH={fake.parent}:$PYTHONPATH; fi'
+    line = f'[ "$SLURMD_NODENAME" != n2 ] || export PYTHONPATH={fake.parent}:$PYTHONPATH'
     run.add_facts(f"setup:\n  - '{line}'\n")
     run.submit()
     run.wait_until("FAILED")

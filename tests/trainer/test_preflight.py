@@ -1,0 +1,195 @@
+"""Which nodes a preflight calls bad, and why."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import ROOT
+from support.worlds import free_port
+
+from fulmen.trainer.preflight import (
+    facts_of_node,
+    faults_of_gpus,
+    judge_facts,
+    judge_measures,
+    parse_gpu,
+)
+from fulmen.trainer.preflight_config import PreflightConfig, check_preflight
+
+fast = pytest.mark.fast
+NAMES = ["a", "b", "c"]
+LINE = "0, NVIDIA H100 80GB HBM3, 580.1, 81559, 14, 0, 16, Not Active"
+
+
+def said(**changes: Any) -> dict[str, Any]:
+    gpus = [parse_gpu(LINE), parse_gpu(LINE)]
+    facts = {"host": "h", "versions": {"torch": "2.13"}, "gpus": gpus, "faults": []}
+    return facts | changes
+
+
+def measured(**changes: Any) -> dict[str, Any]:
+    values = {
+        "failure": "",
+        "reached": 4,
+        "name": "over all nodes",
+        "on_gpu": True,
+        "clock": 100.0,
+        "tflops": [700.0, 700.0],
+        "checksums": ["x", "x"],
+        "node": 300.0,
+        "pairs": [90.0, 91.0],
+        "all_reduce": 80.0,
+        "all_to_all": 40.0,
+    }
+    return values | changes
+
+
+@fast
+def test_like_nodes_are_good() -> None:
+    assert judge_facts({name: said() for name in NAMES}, "10.0.0.1") == {}
+    assert judge_measures({name: measured() for name in NAMES}, PreflightConfig()) == {}
+
+
+@fast
+def test_the_odd_one_is_named() -> None:
+    facts = {name: said() for name in NAMES}
+    facts["c"] = said(versions={"torch": "2.12"})
+    assert judge_facts(facts, "x") == {"c": ["torch is 2.12, elsewhere 2.13"]}
+    # Of two, the first one is believed.
+    assert list(judge_facts({"c": facts["c"], "a": facts["a"]}, "x")) == ["a"]
+    [fault] = judge_facts(facts | {"c": said(gpus=[])}, "x")["c"][:1]
+    assert fault == "GPUs is none, elsewhere 2 x NVIDIA H100 80GB HBM3"
+
+
+@fast
+def test_a_node_that_does_not_come_is_named() -> None:
+    bad = judge_facts({"a": said(), "b": None, "c": said()}, "10.0.0.1")
+    assert list(bad) == ["b"]
+    assert "did not come to 10.0.0.1" in bad["b"][0]
+
+
+@fast
+def test_an_address_of_the_machine_itself_is_named() -> None:
+    facts = {"a": said(host="h1"), "b": said(host="h2")}
+    assert "127.0.0.1, which other machines cannot reach" in judge_facts(facts, "127.0.0.1")["a"][0]
+    facts["b"] = None
+    assert set(judge_facts(facts, "localhost")) == {"a", "b"}
+    assert judge_facts({"a": said(), "b": said()}, "127.0.0.1") == {}  # all on one machine
+
+
+@fast
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (LINE.replace(", 0, 16", ", 3, 16"), "GPU 0: 3 uncorrected ECC errors"),
+        (LINE.replace("Not Active", "Active"), "slowed down by the hardware"),
+        (LINE.replace(", 14,", ", 40960,"), "40.0 GiB of its memory are in use"),
+        (LINE.replace("H100", "A100"), "unlike GPUs"),
+    ],
+)
+def test_a_sick_gpu_is_named(line: str, fault: str) -> None:
+    config = PreflightConfig(gpus=2)
+    assert faults_of_gpus([parse_gpu(LINE), parse_gpu(LINE)], config) == []
+    assert fault in "; ".join(faults_of_gpus([parse_gpu(line), parse_gpu(LINE)], config))
+
+
+@fast
+def test_a_missing_gpu_and_a_quiet_one() -> None:
+    quiet = parse_gpu(LINE.replace(", 0, 16", ", [N/A], [N/A]"))
+    assert faults_of_gpus([quiet], PreflightConfig(gpus=2)) == ["1 GPU(s) instead of 2"]
+
+
+@fast
+def test_slow_and_wrong_gpus_and_links_are_named() -> None:
+    config = PreflightConfig()
+    names = [f"n{i}" for i in range(6)]
+    good = {name: measured() for name in names}
+    slow = judge_measures(good | {"n2": measured(tflops=[700.0, 400.0])}, config)
+    assert slow == {"n2": ["GPU 1 multiplies at 400 TFLOP/s, the median is 700"]}
+    wrong = judge_measures(good | {"n2": measured(checksums=["y", "x"])}, config)
+    assert wrong == {"n2": ["GPU 0 computes another product than the others"]}
+    inside = judge_measures(good | {"n2": measured(node=100.0)}, config)
+    assert "all-reduce inside: 100 GB/s" in inside["n2"][0]
+    # A slow node slows the exchanges with it of both neighbours, who are good.
+    links = {"n1": [90.0, 10.0], "n2": [10.0, 10.0], "n3": [10.0, 90.0]}
+    linked = judge_measures(good | {n: measured(pairs=p) for n, p in links.items()}, config)
+    assert list(linked) == ["n2"]
+
+
+@fast
+def test_clocks_and_least_rates() -> None:
+    late = {name: measured() for name in NAMES} | {"b": measured(clock=110.0)}
+    assert judge_measures(late, PreflightConfig()) == {
+        "b": ["its clock is +10.0 s off the others'"]
+    }
+    rates = judge_measures(
+        {name: measured() for name in NAMES}, PreflightConfig(min_all_to_all_gb_per_s=50)
+    )
+    assert list(rates) == NAMES
+    assert "all_to_all over all nodes: 40.0 GB/s" in rates["a"][0]
+
+
+@fast
+def test_who_hangs_first_is_named() -> None:
+    stuck = {"failure": "no result in time", "reached": 3, "name": "with a neighbour"}
+    first = {"failure": "no result in time", "reached": 1, "name": "work"}
+    bad = judge_measures({"a": stuck, "b": first, "c": stuck}, PreflightConfig())
+    assert bad == {"b": ["no result in time (in work)"]}
+
+
+@fast
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = PreflightConfig(folder=f"{tmp_path}/file/runs", cache_folder=f"{tmp_path}/$NODE/c")
+    os.environ["NODE"] = "file"
+    faults = facts_of_node(config)["faults"]
+    del os.environ["NODE"]
+    assert faults == [
+        f"{tmp_path}/file/runs cannot be written: Not a directory",
+        f"cache_folder {tmp_path}/file/c cannot be written: Not a directory",
+    ]
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@fast
+def test_wrong_keys_are_named() -> None:
+    with pytest.raises(ValueError, match="address is missing"):
+        check_preflight(PreflightConfig(nodes=["a", "b"]))
+    with pytest.raises(ValueError, match="twice"):
+        check_preflight(PreflightConfig(nodes=["a", "a"], address="x"))
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_measure_and_judge(tmp_path: Path) -> None:
+    """The command itself, once as each node; the second has another numpy."""
+    fake = tmp_path / "fake" / "numpy-1.0.dist-info"
+    fake.mkdir(parents=True)
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 1.0\n")
+    shown = {}
+    for case in ("good", "bad"):
+        words = ["nodes=[a,b]", "address=127.0.0.1", f"port={free_port()}", "processes=2"]
+        words += [f"folder={tmp_path}", f"output={tmp_path / case}", "meeting_s=60"]
+        environment = dict(os.environ)
+        nodes = []
+        for rank in range(2):
+            if case == "bad" and rank == 1:
+                path = [str(fake.parent), os.environ.get("PYTHONPATH", "")]
+                environment |= {"PYTHONPATH": os.pathsep.join(path)}
+            script = str(ROOT / "launch" / "preflight.py")
+            command = [sys.executable, script, *words, f"rank={rank}"]
+            nodes.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            )
+        shown[case] = [node.communicate(timeout=120)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == ([0, 0] if case == "good" else [3, 3])
+    assert "preflight: 2 good node(s)" in shown["good"][0]
+    report = json.loads((tmp_path / "good" / "preflight.json").read_text())
+    assert report["measures"]["b"]["all_to_all"] > 0
+    assert (tmp_path / "good" / "bad_nodes").read_text() == ""
+    assert "b is bad: numpy is 1.0, elsewhere" in shown["bad"][0]
+    assert "b is bad: numpy is 1.0, elsewhere" in shown["bad"][1]
+    assert (tmp_path / "bad" / "bad_nodes").read_text() == "b\n"
