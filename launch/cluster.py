@@ -72,7 +72,7 @@ def read_cluster(path: str) -> ClusterConfig:
         raise ValueError(f"cluster={path}: must be a mapping from keys to values")
     _check_names(f"cluster={path}: ", given, ClusterConfig)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), given)
+        merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), _escape(given))
         config = to_dataclass(merged, ClusterConfig)
         limits = config.preflight
         _check_names(f"cluster={path}: preflight.", limits, PreflightConfig, but=_OF_JOB)
@@ -85,6 +85,15 @@ def read_cluster(path: str) -> ClusterConfig:
             f"cluster={path}: gpus_per_node and processes_per_node must not be below 0"
         )
     return config
+
+
+def _escape(value: Any) -> Any:
+    """`${NAME}` is the shell's here, not OmegaConf's."""
+    if isinstance(value, dict):
+        return {key: _escape(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_escape(entry) for entry in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
 def _check_names(

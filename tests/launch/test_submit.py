@@ -204,6 +204,14 @@ def test_a_clusters_file_that_is_not_there() -> None:
         read_cluster("nowhere")
 
 
+def test_the_shells_variables_stay_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("setup: ['cd ${HOME}/a']\nenvironment: {A: '${B}'}\n")
+    cluster = read_cluster(str(file))
+    assert cluster.setup == ["cd ${HOME}/a"]
+    assert cluster.environment == {"A": "${B}"}
+
+
 def test_processes_follow_the_gpus() -> None:
     assert ClusterConfig(gpus_per_node=4).processes == 4
     assert ClusterConfig(gpus_per_node=0, processes_per_node=2).processes == 2

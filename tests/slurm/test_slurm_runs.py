@@ -227,7 +227,7 @@ def test_a_node_with_another_version_is_named_and_left_out(
     fake = tmp_path / "fake" / "numpy-1.0.dist-info"
     fake.mkdir(parents=True)
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 1.0\n")
-    line = f'[ "$SLURMD_NODENAME" != n2 ] || export PYTHONPATH={fake.parent}:$PYTHONPATH'
+    line = f'[ "${{SLURMD_NODENAME}}" != n2 ] || export PYTHONPATH={fake.parent}:$PYTHONPATH'
     run.add_facts(f"setup:\n  - '{line}'\n")
     run.submit()
     run.wait_until("FAILED")
