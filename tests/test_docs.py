@@ -25,6 +25,7 @@ DOCUMENTS = [
     "docs/huggingface.md",
     "docs/vision.md",
     "docs/parallelism.md",
+    "docs/operations.md",
 ]
 # `make test` is what runs this.
 LEFT_OUT = ["make test"]
