@@ -79,7 +79,7 @@ test-stages: $(STAMP) data questions  ## all stages, killed in each and moved to
 	@$(BIN)/python -m pytest -m stages
 
 test-slurm: $(STAMP)  ## jobs on a SLURM of four nodes, which it installs and brings up (minutes)
-	@$(BIN)/python -m pytest -m slurm -rs
+	@$(BIN)/python -m pytest -m slurm -rs tests/slurm
 
 test-fast: $(STAMP)  ## the tier for each save
 	@$(BIN)/python -m pytest -m fast

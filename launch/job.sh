@@ -57,7 +57,7 @@ leave_out() {
   say "BAD NODES: $bad (docs/operations.md; $HERE/preflight.json says why)"
   export FULMEN_REPLACED=$((${FULMEN_REPLACED:-0} + 1)) FULMEN_EXCLUDED="${FULMEN_EXCLUDED:+$FULMEN_EXCLUDED,}$bad"
   if [ "$LEAVE_OUT" = 0 ] || [ "$count" -ge "$NODES" ] || [ "$FULMEN_REPLACED" -gt "$REQUEUES" ]; then exit 3; fi
-  again=$(sbatch --parsable --exclude="${EXCLUDE:+$EXCLUDE,}$FULMEN_EXCLUDED" "$HERE/job.sh") || exit 3
+  again=$(sbatch --parsable --export=ALL --exclude="${EXCLUDE:+$EXCLUDE,}$FULMEN_EXCLUDED" "$HERE/job.sh") || exit 3
   say "job $again takes over without them"
   exit 3
 }

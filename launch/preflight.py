@@ -134,7 +134,7 @@ def describe(names: list[str], bad: Faults, report: dict[str, Any]) -> list[str]
             lines.append(f"{node} ({said['host']}): {gpus}, writes {said['write_mb_per_s']} MB/s")
     measures = report.get("measures", {})
     for node, one in measures.items():
-        if one is not None and one["tflops"] and one["on_gpu"]:
+        if one is not None and one.get("on_gpu"):
             rates = ", ".join(f"{rate:.0f}" for rate in one["tflops"])
             lines.append(f"{node}: {rates} TFLOP/s; all-reduce inside {_rate(one['node'])} GB/s")
     first = measures.get(names[0])

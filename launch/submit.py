@@ -79,9 +79,9 @@ def submit(config: SubmitConfig) -> None:
     recipe = choices.runtime.choices["recipe"]
     run_id = config.run_id or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(config.run_root).absolute() / recipe / run_id
+    planned, facts = plan(config, cluster, world_size)
     check_run_folder(run_dir)
     here = _next_folder(run_dir / "slurm")
-    planned = plan(config, cluster, world_size, here)
     searched = [entry for entry in choices.overrides.hydra if entry.startswith("hydra.searchpath=")]
     copied = snapshot(ROOT, here / "code", _own_recipes(searched))
     arguments = [
@@ -90,6 +90,8 @@ def submit(config: SubmitConfig) -> None:
         f"run_root={Path(config.run_root).absolute()}",
         *(word for word in choices.overrides.task if not re.match(_OWN_KEYS, word)),
     ]
+    if facts is not None:
+        (here / "plan.json").write_text(json.dumps(facts, indent=1))
     (here / "config.yaml").write_text(_resolved(config, run_id))
     (here / "environment.sh").write_text(render_environment(cluster, here))
     (here / "job.sh").write_text(render_job(config.slurm, cluster, run_dir, here, arguments))
@@ -129,10 +131,12 @@ def seconds_of(time: str) -> int:
     return int(days or 0) * 86_400 + sum(p * u for p, u in zip(parts, units, strict=False))
 
 
-def plan(config: SubmitConfig, cluster: ClusterConfig, world_size: int, here: Path) -> str:
-    """What the planner says, written to plan.json; `ValueError` if the run cannot fit."""
+def plan(
+    config: SubmitConfig, cluster: ClusterConfig, world_size: int
+) -> tuple[str, dict[str, Any] | None]:
+    """What the planner says, as a line and whole; `ValueError` if the run cannot fit."""
     if cluster.gpu is None or not cluster.gpus_per_node:
-        return "left out: the cluster's file names no kind of gpu"
+        return "left out: the cluster's file names no kind of gpu", None
     from fulmen.trainer.planner import GPUS, Assumptions, describe, make_plan
 
     if cluster.gpu not in GPUS:
@@ -153,12 +157,12 @@ def plan(config: SubmitConfig, cluster: ClusterConfig, world_size: int, here: Pa
             f"slurm.notice_s={config.slurm.notice_s}: a step takes {slowest:.0f} s, and two of "
             f"them and a save have to fit in: at least {2 * slowest + _SAVE_S:.0f}"
         )
-    (here / "plan.json").write_text(json.dumps(facts, indent=1))
     peak = max(stage.memory_gib for stage in made.stages)
-    return (
+    line = (
         f"{peak:.1f} of {facts['usable_gib']} GiB, {facts['step_time_s']:.2f} s a step, "
         f"{facts['tokens']:.4g} tokens in {facts['days']:.2f} days"
     )
+    return line, facts
 
 
 def render_job(

@@ -193,7 +193,7 @@ def test_a_job_without_the_bad_nodes_takes_over(tmp_path: Path) -> None:
     assert done.code == 3
     assert "BAD NODES: n2" in done.output
     assert done.calls[-1] == (
-        f"sbatch --parsable --exclude=n9,n5,n2 {job.here}/job.sh FULMEN_REPLACED=2"
+        f"sbatch --parsable --export=ALL --exclude=n9,n5,n2 {job.here}/job.sh FULMEN_REPLACED=2"
     )
 
 

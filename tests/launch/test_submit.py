@@ -1,6 +1,5 @@
 """What launch/submit.py writes, and what it refuses; without SLURM."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -131,31 +130,33 @@ def test_what_the_clusters_file_says_is_in_the_job(tmp_path: Path) -> None:
     assert environment.endswith("module load cuda/12.8\n")
 
 
-def planned(tmp_path: Path, *words: str, notice_s: int = 300) -> str:
+def planned(*words: str, notice_s: int = 300) -> tuple[str, dict | None]:
     run = compose_config(["recipe=text01_3b", "data.sources.corpus.path=x", *words])
     slurm = SlurmConfig(nodes=1, time="1:00:00", notice_s=notice_s)
     config = SubmitConfig(**vars(run), slurm=slurm, cluster=str(EXAMPLE))
-    return plan(config, read_cluster(config.cluster), 8, tmp_path)
+    return plan(config, read_cluster(config.cluster), 8)
 
 
-def test_the_plan_is_told(tmp_path: Path) -> None:
-    assert "of 79.1 GiB" in planned(tmp_path)
-    assert json.loads((tmp_path / "plan.json").read_text())["gpus"] == 8
+def test_the_plan_is_told() -> None:
+    line, facts = planned()
+    assert "of 79.1 GiB" in line
+    assert facts is not None
+    assert facts["gpus"] == 8
 
 
-def test_a_run_that_cannot_fit_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_cannot_fit_is_refused() -> None:
     large = ["data.seq_len=1048576", "trainer.micro_batch_tokens=1048576"]
     large += ["data.global_batch_tokens=8388608", "schedule.batch_ramp=[]"]
     with pytest.raises(
         ValueError, match=r"needs \d+\.\d GiB on a rank, a h100 has 79.1: launch/plan"
     ):
-        planned(tmp_path, *large)
-    planned(tmp_path, *large, "trainer.allow_misfit=true", notice_s=1_000_000)
+        planned(*large)
+    planned(*large, "trainer.allow_misfit=true", notice_s=1_000_000)
 
 
-def test_a_notice_shorter_than_two_steps_is_refused(tmp_path: Path) -> None:
+def test_a_notice_shorter_than_two_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"slurm\.notice_s=10: a step takes"):
-        planned(tmp_path, notice_s=10)
+        planned(notice_s=10)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from support.worlds import free_port, run_processes
 
 import fulmen.trainer.preflight as preflight_of_nodes
-from fulmen.launch.preflight import preflight
+from fulmen.launch.preflight import describe, preflight
 from fulmen.trainer.preflight import (
     facts_of_node,
     faults_of_gpus,
@@ -139,6 +139,22 @@ def test_who_hangs_first_is_named() -> None:
     first = {"failure": "no result in time", "reached": 1, "name": "work"}
     bad = judge_measures({"a": stuck, "b": first, "c": stuck}, PreflightConfig())
     assert bad == {"b": ["no result in time (in work)"]}
+
+
+@fast
+def test_the_lines_for_a_person() -> None:
+    one = said(write_mb_per_s=100.0)
+    report = {"facts": {"a": one, "b": one}, "seconds": 2.0}
+    report["measures"] = {"a": measured(), "b": measured(all_reduce=None)}
+    lines = describe(["a", "b"], {}, report)
+    assert lines[0] == "a (h): 2 x NVIDIA H100 80GB HBM3, writes 100.0 MB/s"
+    assert "a: 700, 700 TFLOP/s; all-reduce inside 300.00 GB/s" in lines
+    assert lines[-1] == "preflight: 2 good node(s), 2.0 s"
+    # Whatever is missing, those that are bad are named.
+    report["measures"] = {"a": {"failure": "x", "reached": 0, "name": "start"}, "b": None}
+    report["facts"]["b"] = None
+    lines = describe(["a", "b"], {"b": ["no result"]}, report)
+    assert lines[-2:] == ["b is bad: no result", "preflight: 1 of 2 node(s) are bad, 2.0 s"]
 
 
 @fast
