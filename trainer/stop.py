@@ -28,7 +28,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stop:
-    """Listens from its making to `close`; every rank of the world makes one."""
+    """Listens from the first `poll` to `close`; every rank of the world makes one."""
 
     def __init__(self, run_dir: Path, timeout_s: float) -> None:
         self.asked = False
@@ -41,11 +41,12 @@ class Stop:
         self._pending: dist.Work | None = None
         self._signal = ""
         self._before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # others cannot
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
     def poll(self) -> None:
         """Tell the other ranks, before a step, whether this one is asked to stop."""
+        # Before the first step there is nothing to save, and a signal may end the process.
+        if not self._before and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         # One look at a shared file system a step is enough; signals come to any rank.
         wish = bool(self._signal) or (self._is_first and self._file.exists())
         self._wishes.fill_(wish)
