@@ -151,7 +151,7 @@ def plan(
                 f"{stage.usable_gib}: launch/plan.py with the same keys, gpus={world_size} and "
                 f"gpu={cluster.gpu} says what to change, or set trainer.allow_misfit=true"
             )
-    slowest = max(stage.first.seconds for stage in made.stages)
+    slowest = max(part.step.seconds for stage in made.stages for part in stage.intervals)
     if config.slurm.notice_s < 2 * slowest + _SAVE_S:
         raise ValueError(
             f"slurm.notice_s={config.slurm.notice_s}: a step takes {slowest:.0f} s, and two of "
