@@ -26,7 +26,7 @@ setup(
     python_requires=">=3.11",
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"fulmen.recipes": ["**/*.yaml", "*.yaml"]},
+    package_data={"fulmen.recipes": ["**/*.yaml", "*.yaml"], "fulmen.launch": ["job.sh"]},
     install_requires=[
         "torch>=2.11",  # its CUDA builds bring Triton
         "numpy",
@@ -59,6 +59,8 @@ setup(
     entry_points={
         "console_scripts": [
             "fulmen-pretrain = fulmen.launch.pretrain:main",
+            "fulmen-submit = fulmen.launch.submit:main",
+            "fulmen-preflight = fulmen.launch.preflight:main",
             "fulmen-plan = fulmen.launch.plan:main",
             "fulmen-prepare-data = fulmen.launch.prepare_data:main",
             "fulmen-prepare-images = fulmen.launch.prepare_images:main",

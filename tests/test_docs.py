@@ -26,6 +26,7 @@ DOCUMENTS = [
     "docs/vision.md",
     "docs/parallelism.md",
     "docs/metrics.md",
+    "docs/operations.md",
 ]
 # `make test` is what runs this.
 LEFT_OUT = ["make test"]

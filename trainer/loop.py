@@ -33,6 +33,7 @@ from fulmen.trainer.run_log import log
 from fulmen.trainer.sources import open_held_out, open_loader
 from fulmen.trainer.stages import drawn_sources, list_stages, run_tokens
 from fulmen.trainer.start import Start, find_start
+from fulmen.trainer.stop import Stop
 from fulmen.trainer.weights import changed_keys, check_same_model
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -101,6 +102,7 @@ class Trainer:
                 self.engine.parameters.keys() - self.engine.trainable.keys(),
             ),
         )
+        self.stop = Stop(run_dir, config.parallel.timeout_s)
 
     def fit(self) -> None:
         """Train to the end of the stage, evaluating, logging and saving on the way."""
@@ -115,12 +117,13 @@ class Trainer:
                 self.run_dir / self.config.objective / self.stage.name, self._weights
             )
             self._throughput.restart()
-            while not self.stage_finished:
+            while not self.stage_finished and not self.stop.asked:
                 may_ask = self._is_due(config.log.every_steps)
                 if self.profiler.begin_step(self.step + 1, may_ask=may_ask):
                     self._throughput.restart()
                 phase("data", self.step)
                 self.checkpointer.raise_failure()
+                self.stop.poll()
                 started = time.perf_counter()
                 batch = next(self.loader)
                 data_wait_s = time.perf_counter() - started
@@ -158,7 +161,7 @@ class Trainer:
                     phase("reading")
                     metrics.log_scores(self.step, self.tokens, self.reading.scores(self.step))
                     self._throughput.restart()
-                if self._is_due(config.checkpoint.every_steps) or ends:
+                if self.stop.agreed() or self._is_due(config.checkpoint.every_steps) or ends:
                     phase("checkpoint")
                     self.save(batch.state, grad_norm)
                     self._throughput.restart()
@@ -226,7 +229,8 @@ class Trainer:
         self._stall_s += time.perf_counter() - started
 
     def close(self) -> None:
-        """Stop the loader's and the checkpointer's threads, and a trace."""
+        """Stop the loader's and the checkpointer's threads, a trace, and listening to signals."""
+        self.stop.close()
         self.profiler.close()
         self.loader.close()
         self.checkpointer.close()

@@ -52,7 +52,7 @@ def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
                 if rank == 0 and is_first:
                     describe_run(config, trainer, run_dir)
                 trainer.fit()
-                if trainer.finished:
+                if trainer.finished or trainer.stop.asked:
                     break
                 trainer.close()
                 trainer, is_first = None, False
