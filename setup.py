@@ -26,7 +26,7 @@ setup(
     python_requires=">=3.11",
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"fulmen.recipes": ["**/*.yaml", "*.yaml"]},
+    package_data={"fulmen.recipes": ["**/*.yaml", "*.yaml"], "fulmen.launch": ["job.sh"]},
     install_requires=[
         "torch>=2.11",  # its CUDA builds bring Triton
         "numpy",
@@ -51,12 +51,16 @@ setup(
             "transformers",
             "types-PyYAML",
             "triton",
+            "wandb-workspaces",
         ],
+        "dashboard": ["wandb-workspaces==0.4.13"],
         "transformers": ["transformers>=5"],
     },
     entry_points={
         "console_scripts": [
             "fulmen-pretrain = fulmen.launch.pretrain:main",
+            "fulmen-submit = fulmen.launch.submit:main",
+            "fulmen-preflight = fulmen.launch.preflight:main",
             "fulmen-plan = fulmen.launch.plan:main",
             "fulmen-prepare-data = fulmen.launch.prepare_data:main",
             "fulmen-prepare-images = fulmen.launch.prepare_images:main",
@@ -65,6 +69,8 @@ setup(
             "fulmen-resize-tower = fulmen.launch.resize_tower:main",
             "fulmen-make-retrieval = fulmen.launch.make_retrieval:main",
             "fulmen-fit-scaling = fulmen.launch.fit_scaling:main",
+            "fulmen-dashboard = fulmen.launch.dashboard:main",
+            "fulmen-report = fulmen.launch.report:main",
             "fulmen-generate = fulmen.launch.generate:main",
             "fulmen-export-hf = fulmen.launch.export_hf:main",
             "fulmen-import-hf = fulmen.launch.import_hf:main",

@@ -80,6 +80,12 @@ def phase(name: str, step: int | None = None) -> None:
     _HERE.name, _HERE.group, _HERE.since = name, None, time.monotonic()
 
 
+def place() -> str:
+    """Where this process is, for people."""
+    step = "before the first step" if _HERE.step == START else f"step {_HERE.step}"
+    return f"{step}, in {_HERE.name!r} for {time.monotonic() - _HERE.since:.0f} s"
+
+
 class exchange:  # noqa: N801 - reads as the verb
     """Names what runs inside; after a failure the position stays at the innermost one."""
 

@@ -259,13 +259,13 @@ def _facts(device: torch.device, settings: Mapping[str, Any]) -> dict[str, str]:
         "fault": fault,
         "device": device.type,
         "torch": str(torch.__version__),
-        "source code": _source_digest(),
+        "source code": source_digest(),
         "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "absent"),
         **dict(_flat(settings)),
     }
 
 
-def _source_digest() -> str:
+def source_digest() -> str:
     """Of our own Python files: unlike a commit's name it also tells edits that nobody committed."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()

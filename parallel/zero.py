@@ -22,6 +22,7 @@ the backward pass.
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -31,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from fulmen.models.parts import PARTS, parts_of
 from fulmen.parallel.mesh import Mesh
 
 
@@ -140,25 +142,51 @@ class ZeroEngine:
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """Norm of the whole gradient over all ranks, an fp32 scalar; scales it to `max_norm`."""
-        parts: dict[int, list[Tensor]] = {}  # by the number of ranks that hold the same
+        gradients = []
         for parameter in self.trainable.values():
             gradient = parameter.grad
             assert isinstance(gradient, DTensor), "every parameter takes part in every step"
-            copies = self.mesh.world_size // gradient.device_mesh.size()
-            for placement, size in zip(
-                gradient.placements, gradient.device_mesh.shape, strict=True
-            ):
-                copies *= size if placement.is_replicate() else 1
-            parts.setdefault(copies, []).append(gradient.to_local())
-        sums = [_sum_of_squares(part, self.mesh.device) / n for n, part in parts.items()]
-        total = torch.stack(sums).sum()
-        dist.all_reduce(total, group=self.mesh.shard.get_group())
-        norm = total.sqrt()
+            gradients.append(gradient.to_local())
+        held = [gradient for gradient in gradients if gradient.numel()]
+        # Rows of parts and columns of parameters; a product of matrices would be no faster, and
+        # its order of sums is the library's.
+        self._part_sums = (self._part_shares * _sums_of_squares(held, self.mesh.device)).sum(1)
+        dist.all_reduce(self._part_sums, group=self.mesh.shard.get_group())
+        norm = self._part_sums.sum().sqrt()
         if max_norm is not None:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-            for part in parts.values():
-                torch._foreach_mul_(part, scale)
+            torch._foreach_mul_(held, scale)
         return norm.float()
+
+    def part_norms(self) -> dict[str, float]:
+        """Gradient norm of each part of the model that trains, of the last `clip_grad_norm`.
+
+        By the parts of models/parts.py, before the clipping; waits for the device.
+        """
+        return dict(zip(self._parts, self._part_sums.sqrt().tolist(), strict=True))
+
+    @cached_property
+    def _parts(self) -> list[str]:
+        found = set(parts_of(self.trainable).values())
+        return [part for part in PARTS if part in found]
+
+    @cached_property
+    def _part_shares(self) -> Tensor:
+        """(parts, parameters of which this rank holds something), fp64.
+
+        What this rank's sum of squares counts in the part's: 1 / the ranks that hold the same.
+        """
+        part_of = parts_of(self.trainable)
+        held = {name: p for name, p in self.trainable.items() if local_part(p).numel()}
+        shares = torch.zeros(len(self._parts), len(held), dtype=torch.float64)
+        for column, (name, parameter) in enumerate(held.items()):
+            copies = self.mesh.world_size // parameter.device_mesh.size()
+            for placement, size in zip(
+                parameter.placements, parameter.device_mesh.shape, strict=True
+            ):
+                copies *= size if placement.is_replicate() else 1
+            shares[self._parts.index(part_of[name]), column] = 1 / copies
+        return shares.to(self.mesh.device)
 
 
 def expert_shard_dim(shape: Sequence[int], ranks: int) -> int:
@@ -180,17 +208,16 @@ def expert_shard_dim(shape: Sequence[int], ranks: int) -> int:
     )
 
 
-def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
-    held = [tensor for tensor in tensors if tensor.numel()]
-    if not held:
-        return torch.zeros((), dtype=torch.float64, device=device)
+def _sums_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """One of each tensor, none of which is empty, fp64."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64, device=device)
     if device.type == "cpu":
         # Row by row: over a million numbers at once torch's fp32 norm is off by 1e-5 on CPUs, and
         # so differs from one mesh to another.
-        norms = torch.cat([torch.linalg.vector_norm(x, dim=-1).flatten() for x in held])
-    else:
-        norms = torch.stack(torch._foreach_norm(held))
-    return norms.double().square().sum()
+        rows = (torch.linalg.vector_norm(x, dim=-1).double() for x in tensors)
+        return torch.stack([norms.square().sum() for norms in rows])
+    return torch.stack(torch._foreach_norm(tensors)).double().square()
 
 
 def local_part(parameter: DTensor) -> Tensor:

@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -23,6 +25,8 @@ DOCUMENTS = [
     "docs/huggingface.md",
     "docs/vision.md",
     "docs/parallelism.md",
+    "docs/metrics.md",
+    "docs/operations.md",
 ]
 # `make test` is what runs this.
 LEFT_OUT = ["make test"]
@@ -48,9 +52,14 @@ TINY = [
 # The same for recipes of pictures, whose own sizes are small enough.
 TINY_SEEING = ["trainer.max_steps=2", "evaluation.max_tokens=512"]
 
-# Stands for torchrun: at most two processes, and every training run becomes tiny.
+# Stand for python and torchrun: processes forked from one that has imported torch, two at most, and
+# every training run becomes tiny. What make runs is the environment's own.
+PYTHON = """#!/bin/sh
+exec {warm} "$@"
+"""
 TORCHRUN = """#!/bin/sh
-exec {python} {folder}/shrink.py {python} -m torch.distributed.run "$@"
+export PYTHON_EXEC={folder}/bin/python
+exec {real} -I -S {folder}/shrink.py $PYTHON_EXEC -m torch.distributed.run "$@"
 """
 SHRINK = """
 import os, sys
@@ -71,7 +80,7 @@ def commands(document: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that looks like a checkout, whose runs and data are its own."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ["launch", "recipes", "docs", "benchmarks"]:
@@ -86,10 +95,22 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".venv" / ".fulmen-setup").touch()
     (folder / "bin").mkdir()
     (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY, seeing=TINY_SEEING))
-    torchrun = folder / "bin" / "torchrun"
-    torchrun.write_text(TORCHRUN.format(python=sys.executable, folder=folder))
-    torchrun.chmod(0o755)
-    return folder
+    for name, text in (("python", PYTHON), ("torchrun", TORCHRUN)):
+        program = folder / "bin" / name
+        command = " ".join(warm.python(folder / "socket"))
+        program.write_text(text.format(real=sys.executable, warm=command, folder=folder))
+        program.chmod(0o755)
+    with warm.start(folder / "socket"):
+        yield folder
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_is_seen(checkout: Path) -> None:
+    python = str(checkout / "bin" / "python")
+    ends = {"import sys; sys.exit(3)": 3, "raise KeyError": 1, "import os; os.abort()": -6}
+    for code, end in ends.items():
+        done = subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL)
+        assert done.returncode == end, code
 
 
 @pytest.mark.slow
@@ -127,7 +148,7 @@ def test_every_command_runs(checkout: Path) -> None:
 @pytest.mark.fast
 def test_links_lead_somewhere() -> None:
     others = [str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*/README.md")]
-    for document in [*DOCUMENTS, *others, "docs/metrics.md", "docs/performance.md"]:
+    for document in [*DOCUMENTS, *others, "docs/performance.md"]:
         text = (ROOT / document).read_text()
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"

@@ -64,7 +64,7 @@ class Captioning(Objective):
             + coca.contrastive_weight * output.contrastive_loss_sum / self._num_images
         )
 
-    def read_step(self) -> dict[str, float]:
+    def read_step(self) -> dict[str, Any]:
         means = self._means(self._sums, self._num_labels, self._num_images)
         # There are no experts; one, where no token has a choice, is in balance.
         return means | {

@@ -16,6 +16,7 @@ from fulmen.models.config import ModelConfig, MoEConfig, check_model
 from fulmen.parallel.config import POLICIES, ParallelConfig, check_experts, check_parallel
 from fulmen.trainer.long_context.config import LongContextConfig, check_tasks
 from fulmen.trainer.metrics import LogConfig
+from fulmen.trainer.profile_config import ProfileConfig
 from fulmen.trainer.reading.config import ReadingConfig, check_reading
 
 Schema = TypeVar("Schema")
@@ -118,6 +119,8 @@ class TrainerConfig:
     """torch.compile each block."""
     allow_misfit: bool = False
     """Begin also where the planner says that the GPU's memory is not enough."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Traces of steps; also by a file, see docs/metrics.md."""
 
 
 @dataclass

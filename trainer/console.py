@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-Value = float | int | str | None
+Value = float | int | str | list[list[float]] | None
 Row = Mapping[str, Value]
 
 

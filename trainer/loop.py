@@ -26,12 +26,14 @@ from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
 from fulmen.trainer.objective import LanguageModelling, Objective
 from fulmen.trainer.optim import MOMENTS, Optimizer
 from fulmen.trainer.preference import Preference
+from fulmen.trainer.profile import Profiler
 from fulmen.trainer.reading.in_loop import Reading
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
 from fulmen.trainer.sources import open_held_out, open_loader
 from fulmen.trainer.stages import drawn_sources, list_stages, run_tokens
 from fulmen.trainer.start import Start, find_start, load_first_weights
+from fulmen.trainer.stop import Stop
 from fulmen.trainer.weights import PREFIX, changed_keys, check_same_model
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -61,6 +63,7 @@ class Trainer:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.trainer.dtype]
         self.step = 0
         self.tokens = 0
+        self._stall_s = 0.0  # of saving, since the row before
         torch.manual_seed(config.seed)  # torch itself begins with another seed in every process
         with torch.device("meta"):
             self.model = cast(Any, build_model(config.model, config.moe))
@@ -88,6 +91,7 @@ class Trainer:
         self.objective = self._open_objective(state.get("objective", {}))
         self.long_context = LongContext.open(config, self.model, mesh)
         self.reading = Reading.open(config, self.model, mesh, run_dir)
+        self.profiler = Profiler(config.trainer.profile, mesh, run_dir)
         self._throughput = Throughput(
             config.model,
             seq_len=config.data.seq_len,
@@ -98,6 +102,7 @@ class Trainer:
                 self.engine.parameters.keys() - self.engine.trainable.keys(),
             ),
         )
+        self.stop = Stop(run_dir, config.parallel.timeout_s)
 
     def fit(self) -> None:
         """Train to the end of the stage, evaluating, logging and saving on the way."""
@@ -112,9 +117,13 @@ class Trainer:
                 self.run_dir / self.config.objective / self.stage.name, self._weights
             )
             self._throughput.restart()
-            while not self.stage_finished:
+            while not self.stage_finished and not self.stop.asked:
+                may_ask = self._is_due(config.log.every_steps)
+                if self.profiler.begin_step(self.step + 1, may_ask=may_ask):
+                    self._throughput.restart()
                 phase("data", self.step)
                 self.checkpointer.raise_failure()
+                self.stop.poll()
                 started = time.perf_counter()
                 batch = next(self.loader)
                 data_wait_s = time.perf_counter() - started
@@ -131,7 +140,9 @@ class Trainer:
                     row = self._row(batch, grad_norm) | {
                         "lr": lr,
                         "data_wait_s": data_wait_s,
+                        "checkpoint_stall_s": self._stall_s,
                     }
+                    self._stall_s = 0.0
                     metrics.log_step(row)
                 is_due = self._is_due(config.evaluation.every_steps)
                 if self._evaluates and (is_due or self.stage_finished):
@@ -150,7 +161,7 @@ class Trainer:
                     phase("reading")
                     metrics.log_scores(self.step, self.tokens, self.reading.scores(self.step))
                     self._throughput.restart()
-                if self._is_due(config.checkpoint.every_steps) or ends:
+                if self.stop.agreed() or self._is_due(config.checkpoint.every_steps) or ends:
                     phase("checkpoint")
                     self.save(batch.state, grad_norm)
                     self._throughput.restart()
@@ -198,7 +209,8 @@ class Trainer:
 
     def save(self, loader_state: dict[str, Any], grad_norm: torch.Tensor) -> None:
         """Start writing a checkpoint of this step; refuses a broken state."""
-        self._check_finite(grad_norm)
+        self._check_finite(grad_norm)  # waits for the device, for which saving is not to blame
+        started = time.perf_counter()
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -214,9 +226,12 @@ class Trainer:
         }
         config = OmegaConf.to_yaml(OmegaConf.structured(self.config))
         self.checkpointer.save(self.step, self._tensors(), state, config)
+        self._stall_s += time.perf_counter() - started
 
     def close(self) -> None:
-        """Stop the loader's and the checkpointer's threads."""
+        """Stop the loader's and the checkpointer's threads, a trace, and listening to signals."""
+        self.stop.close()
+        self.profiler.close()
         self.loader.close()
         self.checkpointer.close()
 
@@ -322,6 +337,10 @@ class Trainer:
         self._check_finite(grad_norm)
         read = self.objective.read_step()  # waits for the device: the time below is of all work
         stage = {"stage": self.stage.name} if self.stage.name else {}
+        load = read.pop("expert_load", None)
+        if load is not None and self._is_due(self.config.log.expert_load_every_steps):
+            read["expert_load"] = load.round(decimals=3).tolist()
+        parts = self.engine.part_norms()
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -329,6 +348,7 @@ class Trainer:
             "seq_len": self.config.data.seq_len,
             **read,
             "grad_norm": grad_norm.item(),
+            **{f"grad_norm/{part}": norm for part, norm in parts.items()},
             "memory_gib": self._memory_gib(),
             "batch_digest": batch.digest,
             **self._throughput.read(drop_rate=read["drop_rate"]),

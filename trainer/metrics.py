@@ -4,21 +4,19 @@ Only rank 0 makes a `MetricsLogger`. Whatever goes wrong in a sink other than me
 warned about once, and the run goes on without that sink. What each metric means: docs/metrics.md.
 """
 
-import hashlib
 import json
 import logging
 import math
 import os
-import queue
-import re
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from fulmen.trainer.console import Row, Value, console_sink
+from fulmen.trainer.alerts import AlertSink
+from fulmen.trainer.console import Row, console_sink
+from fulmen.trainer.viewers import TensorboardSink, WandbSink, warn_lost
 
 WANDB_CHOICES = ("online", "offline", "off")
 EVAL_PREFIX = "eval_loss/"
@@ -40,6 +38,10 @@ class LogConfig:
     """The wandb project that the run belongs to."""
     tensorboard: bool = False
     """Write TensorBoard event files to the run's folder `tensorboard/`."""
+    expert_load_every_steps: int = 100
+    """Steps from one row with the load of each expert to the next; a multiple of every_steps."""
+    alerts: bool = True
+    """Warn, in the log and on wandb, of spikes, slow steps and silence."""
 
     def __post_init__(self) -> None:
         check_log_config(self)
@@ -56,6 +58,10 @@ def check_log_config(config: LogConfig) -> None:
         )
     if config.every_steps < 1:
         raise ValueError(f"log.every_steps={config.every_steps}: must be 1 or more")
+    if config.expert_load_every_steps < 1:
+        raise ValueError(
+            f"log.expert_load_every_steps={config.expert_load_every_steps}: must be 1 or more"
+        )
 
 
 class Sink(Protocol):
@@ -96,10 +102,18 @@ class MetricsLogger:
         check_log_config(config)
         self._jsonl = JsonlSink(run_dir / "metrics.jsonl", resume_step=resume_step)
         self._others: list[Sink] = [console_sink(total_tokens, total_steps)]
+        wandb = None
         if config.wandb != "off":
-            self._others.append(
-                WandbSink(run_dir, config, run_name=run_name, run_config=run_config)
+            wandb = WandbSink(
+                run_dir, config, run_name=run_name, run_config=run_config, resume_step=resume_step
             )
+            self._others.append(wandb)
+        if config.alerts:
+            # Not at the top of the file: it brings torch, and a configuration is checked before.
+            from fulmen.parallel.progress import place
+
+            send = (lambda alert: None) if wandb is None else wandb.send_alert
+            self._others.append(AlertSink(send, place=place))
         if config.tensorboard:
             try:
                 self._others.append(TensorboardSink(run_dir, resume_step=resume_step))
@@ -110,7 +124,7 @@ class MetricsLogger:
                     error,
                 )
             except Exception as error:
-                _warn_lost("TensorboardSink", error)
+                warn_lost("TensorboardSink", error)
 
     def log_step(self, row: Row) -> None:
         """Log a training step; `row` holds at least `step` and `tokens`."""
@@ -139,7 +153,7 @@ class MetricsLogger:
                 action(sink)
             except Exception as error:
                 self._others.remove(sink)
-                _warn_lost(type(sink).__name__, error)
+                warn_lost(type(sink).__name__, error)
 
     def __enter__(self) -> Self:
         return self
@@ -170,15 +184,6 @@ class NullMetrics:
 
     def __exit__(self, *error: object) -> None:
         pass
-
-
-def _warn_lost(name: str, error: BaseException) -> None:
-    logger.warning(
-        "%s failed (%s: %s) and gets no more rows; metrics.jsonl has them all.",
-        name,
-        type(error).__name__,
-        error,
-    )
 
 
 class JsonlSink:
@@ -283,182 +288,3 @@ def drop_redone_rows(path: Path, *, resume_step: int) -> None:
         resume_step,
         broken,
     )
-
-
-def chart_values(row: Row) -> dict[str, float]:
-    """The numbers of a step's row under the names that wandb and TensorBoard show."""
-    return {
-        f"train/{key}": value
-        for key, value in row.items()
-        if key not in ("step", "tokens") and isinstance(value, int | float)
-    }
-
-
-def chart_evaluation(values: Mapping[str, float]) -> dict[str, float]:
-    """Held-out values, or scores of texts and images, under the names that wandb and TensorBoard
-    show."""
-    return {f"eval/{name}": value for name, value in values.items()}
-
-
-def wandb_run_id(run_name: str) -> str:
-    """The wandb id of a run: its name if wandb takes it as an id, else an id made from it."""
-    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_name)
-    if plain == run_name and len(plain) <= 64:
-        return plain
-    # Two names can become one here ("a/b-c", "a-b/c"), and wandb would merge their runs.
-    return f"{plain[:55]}-{hashlib.sha256(run_name.encode()).hexdigest()[:8]}"
-
-
-class WandbSink:
-    """Feeds wandb from a thread of its own, so that nothing in wandb can hold up or end a run.
-
-    Rows wait in a bounded queue; when wandb is too slow for it they are left out and counted.
-    """
-
-    # wandb-core retries for as long as this when the server cannot be reached, even while the
-    # process wants to exit.
-    INIT_TIMEOUT_S = 60.0
-
-    def __init__(
-        self,
-        run_dir: Path,
-        config: LogConfig,
-        *,
-        run_name: str,
-        run_config: dict[str, Any],
-        queue_rows: int = 10_000,
-        close_timeout_s: float = 30.0,
-    ) -> None:
-        self._run_dir = run_dir
-        self._config = config
-        self._run_name = run_name
-        self._run_config = run_config
-        self._close_timeout_s = close_timeout_s
-        self._queue: queue.Queue[tuple[int, dict[str, float]]] = queue.Queue(queue_rows)
-        self._left_out = 0
-        self._failed = False
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="wandb-sink", daemon=True)
-        self._thread.start()
-
-    def log_step(self, row: Row) -> None:
-        tokens = row["tokens"]
-        assert isinstance(row["step"], int)
-        assert isinstance(tokens, int)
-        self._put(row["step"], {"tokens": tokens, **chart_values(row)})
-
-    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
-        self._put(step, {"tokens": tokens, **chart_evaluation(values)})
-
-    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
-        self._put(step, {"tokens": tokens, **chart_evaluation(scores)})
-
-    def close(self, *, failed: bool) -> None:
-        self._failed = failed
-        was_alive = self._thread.is_alive()
-        self._closing.set()
-        self._thread.join(self._close_timeout_s)
-        if self._thread.is_alive():
-            logger.warning(
-                "wandb did not finish within %.0f s: left behind; metrics.jsonl has every row.",
-                self._close_timeout_s,
-            )
-        elif was_alive and self._left_out:
-            logger.warning(
-                "wandb was too slow for %d rows; metrics.jsonl has them.", self._left_out
-            )
-
-    def _put(self, step: int, values: dict[str, float]) -> None:
-        if not self._thread.is_alive():
-            return
-        try:
-            self._queue.put_nowait((step, values))
-        except queue.Full:
-            self._left_out += 1
-
-    def _work(self) -> None:
-        try:
-            run = self._start()
-            # Online, a requeued run finds its earlier rows on the server, and wandb refuses to
-            # go back; the steps done again bring the same values.
-            first_step = run.step
-            while True:
-                try:
-                    step, values = self._queue.get(timeout=0.2)
-                except queue.Empty:
-                    if self._closing.is_set():
-                        break
-                    continue
-                if step >= first_step:
-                    run.log(values, step=step)
-            run.finish(exit_code=int(self._failed))
-        except ImportError as error:
-            logger.warning(
-                "log.wandb=%s, but wandb cannot be imported (%s): pip install wandb, or set "
-                "log.wandb=off. The run goes on without it.",
-                self._config.wandb,
-                error,
-            )
-        except BaseException as error:
-            _warn_lost(f"log.wandb={self._config.wandb}", error)
-
-    def _start(self) -> Any:
-        import wandb
-
-        settings = wandb.Settings(
-            # wandb's capture of stdout and stderr would fight with the live progress line.
-            console="off",
-            silent=True,
-            init_timeout=self.INIT_TIMEOUT_S,
-            finish_timeout=max(1.0, 0.75 * self._close_timeout_s),
-        )
-        wandb.setup(settings)
-        online = self._config.wandb == "online"
-        # On a terminal, wandb.init would ask for the key in the midst of the run.
-        if online and not wandb.login(prompt=False):
-            raise RuntimeError(
-                "no login: run `wandb login`, set WANDB_API_KEY or log.wandb=offline"
-            )
-        run = wandb.init(
-            project=self._config.wandb_project,
-            id=wandb_run_id(self._run_name),
-            name=self._run_name,
-            config=self._run_config,
-            dir=str(self._run_dir),
-            mode="online" if online else "offline",
-            resume="allow",
-            settings=settings,
-        )
-        run.define_metric("tokens")
-        run.define_metric("train/*", step_metric="tokens")
-        run.define_metric("eval/*", step_metric="tokens")
-        if online:
-            logger.info("wandb: %s", run.url)
-        return run
-
-
-class TensorboardSink:
-    """Event files in the run's folder `tensorboard/`; what a resumed run does again is purged."""
-
-    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0
-        )
-
-    def log_step(self, row: Row) -> None:
-        self._put(row["step"], {"train/tokens": row["tokens"], **chart_values(row)})
-
-    def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
-        self._put(step, chart_evaluation(values))
-
-    def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
-        self._put(step, chart_evaluation(scores))
-
-    def close(self, *, failed: bool) -> None:
-        self._writer.close()
-
-    def _put(self, step: Value, values: Mapping[str, Value]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)

@@ -73,10 +73,11 @@ class Objective(ABC):
         device."""
 
     @abstractmethod
-    def read_step(self) -> dict[str, float]:
+    def read_step(self) -> dict[str, Any]:
         """What the step's row says, over all ranks, which all call it; waits for the device.
 
-        Has at least `loss`, `drop_rate` and `expert_imbalance`.
+        Has at least `loss`, `drop_rate` and `expert_imbalance`; numbers, but for `expert_load`, a
+        tensor (layers, experts) on the CPU, where there are experts.
         """
 
     @abstractmethod
@@ -137,7 +138,7 @@ class LanguageModelling(Objective):
         self._stats.add(output, loss=output.loss_sum)
         return output.loss_sum / self._num_labels + self._stats.weigh_aux_loss(output)
 
-    def read_step(self) -> dict[str, float]:
+    def read_step(self) -> dict[str, Any]:
         reduced = self._stats.reduce()
         return {"loss": reduced.sums["loss"] / self._num_labels, **reduced.of_routers}
 

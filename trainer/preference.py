@@ -84,7 +84,7 @@ class Preference(Objective):
         self._stats.add(output, **found._asdict())
         return found.loss / self._num_pairs + self._stats.weigh_aux_loss(output)
 
-    def read_step(self) -> dict[str, float]:
+    def read_step(self) -> dict[str, Any]:
         reduced = self._stats.reduce()
         means = {name: value / self._num_pairs for name, value in reduced.sums.items()}
         return means | {"num_pairs": self._num_pairs} | reduced.of_routers

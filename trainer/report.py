@@ -7,31 +7,35 @@ inside the page, so that they take its colours, light or dark.
 """
 
 import argparse
+import base64
 import html
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fulmen.trainer.charts import draw_load
 from fulmen.trainer.console import clock, short_number
+from fulmen.trainer.curves import (
+    COLORS,
+    INK,
+    Panel,
+    Rows,
+    draw_line,
+    figure,
+    merge_rows,
+    series,
+    training_seconds,
+)
 from fulmen.trainer.metrics import ACCOUNT_PREFIX, EVAL_PREFIX, read_metrics
 from fulmen.trainer.reading.cards import CARDS_STYLE, picture_cards, score_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Rows = list[dict[str, Any]]
-
-# Stand-ins that matplotlib draws with; in the page they become its text and line colours.
-INK, FAINT = "#010203", "#040506"
-# Legible on white and on near-black alike.
-COLORS = ["#3b82d6", "#e0772f", "#2fa36b", "#b065c9", "#d6556b", "#8c8f35", "#1f9fa3"]
-MAX_POINTS = 500
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1d2025; --soft: #626973; --line: #dfe2e7; }
@@ -52,22 +56,13 @@ th { font-weight: 400; color: var(--soft); padding-right: 2.5rem; }
 figure { margin: 0; } figure.wide { grid-column: 1 / -1; }
 figcaption { font-size: .9rem; margin-bottom: .25rem; }
 svg { width: 100%; height: auto; display: block; }
+.wide-table { overflow-x: auto; } .wide-table td { padding-right: 1.5rem; }
+.map { width: 100%; max-height: 24rem; image-rendering: pixelated; border-radius: 3px; }
 pre { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 6px;
   padding: .75rem 1rem; margin: .75rem 0; }
 summary { cursor: pointer; }
 """
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A curve over tokens: the rows' keys that it shows, with their names in its legend."""
-
-    title: str
-    unit: str
-    lines: dict[str, str]
-    scale: float = 1.0
-    bottom: float = 0.0
 
 
 PANELS = [
@@ -88,23 +83,21 @@ PANELS = [
     ),
     Panel("Dropped expert assignments", "% of assignments", {"drop_rate": ""}, 100.0),
     Panel("Peak memory of rank 0", "GiB", {"memory_gib": ""}),
+    Panel("Wait for data, of one step", "seconds", {"data_wait_s": ""}),
+    Panel("Held up by a checkpoint", "seconds", {"checkpoint_stall_s": ""}),
 ]
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """Write `report.html` from metrics.jsonl and, where they are, config.yaml and summary.json.
 
     Of summary.json, one object, `parameters`, `unigram_loss` (nats per label) and `samples` (list
-    of texts) have their places; every other key becomes a line of the table. Returns the path.
-    Raises ValueError where there is no metrics.jsonl, or summary.json is no object.
+    of texts) have their places; every other key becomes a line of the table. `output` is the page
+    if it is not the folder's. Returns the path. Raises ValueError where there is no metrics.jsonl,
+    or summary.json is no object.
     """
-    metrics_path = run_dir / "metrics.jsonl"
-    if not metrics_path.is_file():
-        raise ValueError(
-            f"{metrics_path}: not found, so there is nothing to report; give a run's folder"
-        )
-    rows = merge_rows(read_metrics(metrics_path))
-    summary = _read_summary(run_dir / "summary.json")
+    rows = read_rows(run_dir)
+    summary = read_summary(run_dir)
     samples = summary.pop("samples", [])
     name = "/".join(run_dir.resolve().parts[-2:])
     config_path = run_dir / "config.yaml"
@@ -113,13 +106,24 @@ def write_report(run_dir: Path) -> Path:
         _table(head_facts(rows, summary)),
         "<h2>Curves</h2>",
         _curves(rows, summary.get("unigram_loss")),
+        *_experts(rows),
         *_stages(rows),
         *_account(rows),
         *picture_cards(run_dir),
         *_samples(samples),
         *_config(config),
     ]
-    return write_page(run_dir / "report.html", name, parts)
+    output = output or run_dir / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return write_page(output, name, parts)
+
+
+def read_rows(run_dir: Path) -> Rows:
+    """A run's metrics, one row a step; ValueError where there are none."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: not found, so there is nothing to report; give a run's folder")
+    return merge_rows(read_metrics(path))
 
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
@@ -139,15 +143,9 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
     return path
 
 
-def merge_rows(rows: Rows) -> Rows:
-    """One row a step, in the order of steps; of two values of a key, the later one counts."""
-    by_step: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        by_step.setdefault(row["step"], {}).update(row)
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """A run's summary.json; empty where there is none, ValueError where it is no object."""
+    path = run_dir / "summary.json"
     if not path.is_file():
         return {}
     try:
@@ -174,26 +172,6 @@ def accuracies(rows: Rows) -> Panel:
         if key.startswith(prefix)
     }
     return Panel("Held-out accuracy", "% right", lines, 100.0)
-
-
-def series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
-    """Tokens and values of the rows where `key` is a finite number."""
-    points = [
-        (float(row["tokens"]), float(row[key]))
-        for row in rows
-        if isinstance(row.get(key), int | float) and math.isfinite(row[key])
-    ]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def training_seconds(rows: Rows) -> float:
-    """Time spent in training steps: mean step time x steps since the row before, summed."""
-    total, before = 0.0, 0
-    for row in rows:
-        if isinstance(row.get("step_time_s"), int | float):
-            total += row["step_time_s"] * (row["step"] - before)
-            before = row["step"]
-    return total
 
 
 def head_facts(rows: Rows, summary: dict[str, Any]) -> dict[str, str]:
@@ -231,6 +209,11 @@ def head_facts(rows: Rows, summary: dict[str, Any]) -> dict[str, str]:
     seconds = training_seconds(rows)
     if seconds:
         facts["Time in training steps"] = clock(seconds)
+        _, stalls = series(rows, "checkpoint_stall_s")
+        if stalls:
+            facts["Held up by checkpoints"] = (
+                f"{sum(stalls):.1f} s, {sum(stalls) / seconds:.2%} of it"
+            )
     for key, value in summary.items():
         if key not in ("parameters", "unigram_loss"):
             text = f"{value:,}" if type(value) is int else value
@@ -301,15 +284,71 @@ def _curves(rows: Rows, unigram_loss: float | None) -> str:
     figures = []
     if any(series(rows, key)[0] for key in _loss_keys(rows)):
         figures.append(
-            _figure("Loss", partial(_draw_loss, rows=rows, unigram_loss=unigram_loss), wide=True)
+            figure("Loss", partial(_draw_loss, rows=rows, unigram_loss=unigram_loss), wide=True)
         )
-    reading = Panel("Reading of held-out images", "% of answers", score_names(rows), 100.0)
-    for panel in (*PANELS, accuracies(rows), reading):
+    for panel in find_panels(rows):
         if any(series(rows, key)[0] for key in panel.lines):
-            figures.append(_figure(panel.title, partial(_draw, rows=rows, panel=panel)))
+            figures.append(figure(panel.title, partial(_draw, rows=rows, panel=panel)))
     if not figures:
         return "<p>No step has been logged yet.</p>"
     return f'<div class="curves">{"".join(figures)}</div>'
+
+
+def find_panels(rows: Rows) -> list[Panel]:
+    """All curves but that of the loss: PANELS, and those whose keys depend on the run."""
+    keys = dict.fromkeys(key for row in rows for key in row if "/" in key)
+    tower = accuracies(rows)
+    known = {*tower.lines, *(EVAL_PREFIX + source for source in _sources(rows))}
+    parts: dict[str, str] = {}  # keys with their names, and the same by title
+    tasks: dict[str, dict[str, str]] = {}
+    held_out: dict[str, dict[str, str]] = {}
+    for key in keys:
+        group, _, name = key.partition("/")
+        if group == "grad_norm":
+            parts[key] = name
+        elif name.isdecimal():
+            tasks.setdefault(f"Long texts, {group}", {})[key] = f"{int(name):,} tokens"
+        elif group.startswith("eval_") and key not in known:
+            metric = group.removeprefix("eval_").replace("_", " ")
+            held_out.setdefault(f"Held out, {metric}", {})[key] = name
+    return [
+        *PANELS[:2],
+        Panel("Gradient norm by part of the model", "norm", parts, bottom=None, log=True),
+        *PANELS[2:],
+        *(Panel(title, "", lines, bottom=None) for title, lines in held_out.items()),
+        *(Panel(title, "% of answers", lines, 100.0) for title, lines in tasks.items()),
+        tower,
+        Panel("Reading of held-out images", "% of answers", score_names(rows), 100.0),
+    ]
+
+
+def _experts(rows: Rows) -> list[str]:
+    """The load of each expert, as it was first and as it is now."""
+    logged = [row for row in rows if row.get("expert_load")]
+    if not logged:
+        return []
+    maps = []
+    for row in logged[:: len(logged) - 1] if len(logged) > 1 else logged:
+        title = f"Step {row['step']:,}, experts across, layers down"
+        maps.append(
+            f'<figure><figcaption>{title}</figcaption><img class="map" alt="{title}" '
+            f'src="{_png(draw_load(row["expert_load"], cell=8))}"></figure>'
+        )
+    note = "Pale is a fair share of the tokens, blue none, red four times as much or more."
+    return [
+        "<h2>Load of the experts</h2>",
+        f"<p>{note}</p>",
+        f'<div class="curves">{"".join(maps)}</div>',
+    ]
+
+
+def _png(pixels: Any) -> str:
+    """An array of RGB bytes as an address that holds the picture itself."""
+    from PIL import Image
+
+    data = BytesIO()
+    Image.fromarray(pixels).save(data, format="png")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def _loss_keys(rows: Rows) -> list[str]:
@@ -317,7 +356,7 @@ def _loss_keys(rows: Rows) -> list[str]:
 
 
 def _draw_loss(axes: "Axes", rows: Rows, unigram_loss: float | None) -> None:
-    _line(axes, *series(rows, "loss"), name="training", color=COLORS[0])
+    draw_line(axes, *series(rows, "loss"), name="training", color=COLORS[0])
     for index, source in enumerate(_sources(rows)):
         tokens, losses = series(rows, EVAL_PREFIX + source)
         color = COLORS[1 + index % (len(COLORS) - 1)]
@@ -347,70 +386,16 @@ def _draw_loss(axes: "Axes", rows: Rows, unigram_loss: float | None) -> None:
 
 
 def _draw(axes: "Axes", rows: Rows, panel: Panel) -> None:
-    for color, (key, name) in zip(COLORS, panel.lines.items(), strict=False):
+    for index, (key, name) in enumerate(panel.lines.items()):
         tokens, values = series(rows, key)
+        color = COLORS[index % len(COLORS)]
         if tokens:
-            _line(axes, tokens, [v * panel.scale for v in values], name=name, color=color)
+            draw_line(axes, tokens, [v * panel.scale for v in values], name=name, color=color)
+    axes.set_yscale("log" if panel.log else "linear")
     axes.set_ylim(bottom=panel.bottom)
     axes.set_ylabel(panel.unit)
     if len(panel.lines) > 1:
         axes.legend(frameon=False)
-
-
-def _line(axes: "Axes", x: list[float], y: list[float], *, name: str, color: str) -> None:
-    """A curve of at most MAX_POINTS points: means, with the span of what they stand for behind."""
-    size = math.ceil(len(y) / MAX_POINTS) or 1
-    bins = [(x[i : i + size], y[i : i + size]) for i in range(0, len(y), size)]
-    ends = [xs[-1] for xs, _ in bins]
-    means = [sum(ys) / len(ys) for _, ys in bins]
-    if size > 1:
-        low, high = [min(ys) for _, ys in bins], [max(ys) for _, ys in bins]
-        axes.fill_between(ends, low, high, color=color, alpha=0.25, linewidth=0)
-    marker = "o" if len(bins) == 1 else None
-    axes.plot(ends, means, color=color, linewidth=1.6, marker=marker, label=name)
-
-
-def _figure(title: str, draw: "Callable[[Axes], None]", *, wide: bool = False) -> str:
-    """The <figure> of a curve; `draw` fills its axes."""
-    # Not at the top of the file: matplotlib takes its time, and training never needs it.
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    style: dict[Any, Any] = {
-        # Text stays text, in the page's font, and a "$" in the name of a source stays one.
-        "svg.fonttype": "none",
-        "text.parse_math": False,
-        # Ids differ from one curve to the next, and are the same in each writing of the report.
-        "svg.hashsalt": title,
-        "font.size": 10.0,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(10.4, 4.2) if wide else (5.0, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        short_ticks = FuncFormatter(lambda value, _: short_number(value).replace(".0", ""))
-        draw(axes)
-        axes.set_xlabel("tokens")
-        axes.xaxis.set_major_locator(MaxNLocator(9 if wide else 5, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(short_ticks)
-        if axes.get_ylim()[1] >= 10_000:
-            axes.yaxis.set_major_formatter(short_ticks)
-        axes.grid(color=FAINT, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        axes.tick_params(length=0)
-        text = StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--line)")
-    label = html.escape(title)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    attribute = ' class="wide"' if wide else ""
-    return f"<figure{attribute}><figcaption>{label}</figcaption>{svg}</figure>"
 
 
 def main() -> None:

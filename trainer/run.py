@@ -23,6 +23,7 @@ from fulmen.trainer.loop import Trainer
 from fulmen.trainer.manifest import CONFIG_FILE
 from fulmen.trainer.memory import GIB, count_model
 from fulmen.trainer.planner import Assumptions, find_gpu, predict_memory, predict_step
+from fulmen.trainer.profile_memory import watch_memory
 from fulmen.trainer.report import write_report
 from fulmen.trainer.run_folder import agree_on_folder, update_summary
 from fulmen.trainer.run_log import log, start_logging
@@ -51,7 +52,7 @@ def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
                 if rank == 0 and is_first:
                     describe_run(config, trainer, run_dir)
                 trainer.fit()
-                if trainer.finished:
+                if trainer.finished or trainer.stop.asked:
                     break
                 trainer.close()
                 trainer, is_first = None, False
@@ -84,7 +85,7 @@ def open_stage(
     fault = fault_of(stage, dist.get_world_size())
     if fault is None:
         mesh = build_mesh(stage.config.parallel, device)
-        fault = announce(stage, mesh)
+        fault = announce(stage, mesh, run_dir)
     if fault is None:
         later = (fault_of(one, dist.get_world_size()) for one in list_stages(config)[stage.index :])
         ends = next((fault for fault in later if fault), None)
@@ -111,7 +112,7 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def announce(stage: Stage, mesh: Mesh) -> str | None:
+def announce(stage: Stage, mesh: Mesh, run_dir: Path) -> str | None:
     """Log what the stage is and what it will need; why it does not fit into a GPU, or None."""
     config = stage.config
     if mesh.rank == 0:
@@ -132,6 +133,14 @@ def announce(stage: Stage, mesh: Mesh) -> str | None:
         announce_plan(config, mesh)
     except ValueError as error:
         return str(error)
+    if mesh.device.type == "cuda":
+        watch_memory(
+            run_dir,
+            mesh.device,
+            predict_memory(config, mesh.world_size),
+            rank=mesh.rank,
+            history=config.trainer.profile.memory_history,
+        )
     return None
 
 

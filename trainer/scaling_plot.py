@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulmen.trainer.report import COLORS
+from fulmen.trainer.curves import COLORS
 from fulmen.trainer.scaling import LAWS, PFLOP_S_DAY, Law
 
 if TYPE_CHECKING:

@@ -30,7 +30,6 @@ from fulmen.trainer.config import (
     check_config,
     nearest_keys,
 )
-from fulmen.trainer.memory import list_settings
 from fulmen.trainer.schedule import batch_sizes, batch_tokens, learning_rate, total_tokens
 
 _OF_THE_RUN = ("max_steps", "max_tokens", "micro_batch_tokens", "allow_misfit")
@@ -233,8 +232,7 @@ def check_run(config: RunConfig, world_size: int, *, all_here: bool = False) -> 
     all), because a job may end before a stage that needs others; but each has to be possible.
     """
     if not config.stages:
-        check_config(config, world_size)
-        list_settings(config)
+        _check_values(config, world_size)
         return
     for name in config.stages:
         _check_stage(config, name)
@@ -249,11 +247,18 @@ def check_run(config: RunConfig, world_size: int, *, all_here: bool = False) -> 
 def fault_of(stage: Stage, world_size: int) -> str | None:
     """Why `world_size` processes cannot run a stage, or None if they can."""
     try:
-        check_config(stage.config, world_size)
-        list_settings(stage.config)
+        _check_values(stage.config, world_size)
     except ValueError as error:
         return f"stages.{stage.name}: {error}" if stage.name else str(error)
     return None
+
+
+def _check_values(config: RunConfig, world_size: int) -> None:
+    check_config(config, world_size)
+    # Builds the model, and torch takes seconds to import; what is above is told before that.
+    from fulmen.trainer.memory import list_settings
+
+    list_settings(config)
 
 
 def _check_possible(stage: Stage) -> None:

@@ -1,5 +1,7 @@
 """What a step adds up on the device, read only when it is logged."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -66,9 +68,11 @@ class ReducedStats:
         self._counts = counts
 
     @property
-    def of_routers(self) -> dict[str, float]:
-        """What a step's row says of the routers."""
+    def of_routers(self) -> dict[str, Any]:
+        """What a step's row says of the routers; the load as a tensor (layers, experts)."""
+        counts = self._counts.double()
         return {
+            "expert_load": counts / counts.mean(1, keepdim=True).clamp(min=1e-9),
             "aux_loss": self.aux_loss,
             "drop_rate": self.drop_rate,
             "expert_imbalance": self.expert_imbalance,

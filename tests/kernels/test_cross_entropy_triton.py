@@ -106,12 +106,12 @@ def test_many_visits_are_summed_in_fp32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut(monkeypatch, "grad_weight and chunks")
-    tokens = 12 + 8 * 46
+    tokens = 12 + 8 * 24
     inputs = make(dtype, tokens=tokens)
-    assert len(plan_chunks(tokens, 12, VOCAB, element_size=2, need_weight=True)) == 47
+    assert len(plan_chunks(tokens, 12, VOCAB, element_size=2, need_weight=True)) == 25
     exact = reference(*inputs, z_loss=0.0)[2]
     errors = []
-    for visits in (4, 64):
+    for visits in (4,) if dtype == torch.float32 else (4, 64):
         monkeypatch.setattr(on_triton, "SUMMED_CHUNKS", visits)
         hidden, weight, labels = inputs
         leaves = on_device(hidden, weight)

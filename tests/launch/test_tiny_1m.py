@@ -19,7 +19,10 @@ STAGES = ("pretrain", "to_128k", "to_512k", "to_1m")
 STEPS = 10
 """Of each stage."""
 TIMEOUT_S = 900
-TIMES = ("step_time_s", "data_wait_s", "tokens_per_s", "tflops_per_device", "memory_gib")
+TIMES = (
+    *("step_time_s", "data_wait_s", "checkpoint_stall_s", "tokens_per_s"),
+    *("tflops_per_device", "memory_gib"),
+)
 
 
 def words(root: Path, run_id: str) -> list[str]:

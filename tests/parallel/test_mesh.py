@@ -9,9 +9,8 @@ from support.worlds import run_world
 from fulmen.parallel.config import ParallelConfig, check_experts, check_parallel
 from fulmen.parallel.mesh import build_mesh
 
-pytestmark = pytest.mark.fast
 
-
+@pytest.mark.fast
 @pytest.mark.parametrize(("ep", "etp"), [(0, 1), (1, 0), (3, 1), (3, 2), (4, 2), (-2, -2)])
 def test_experts_that_cannot_be_spread_are_named(ep: int, etp: int) -> None:
     told = rf"parallel\.ep={ep} x parallel\.etp={etp} does not divide the 4 process"
@@ -19,6 +18,7 @@ def test_experts_that_cannot_be_spread_are_named(ep: int, etp: int) -> None:
         check_parallel(ParallelConfig(ep=ep, etp=etp), 4)
 
 
+@pytest.mark.fast
 def test_no_groups_of_tokens_are_named() -> None:
     with pytest.raises(ValueError, match=r"parallel\.expert_token_groups=0: must be at least 1"):
         check_parallel(ParallelConfig(expert_token_groups=0), 4)
@@ -37,6 +37,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("axes", "model", "told"), SHAPES)
 def test_experts_that_do_not_divide_are_named(
     axes: dict[str, int], model: dict[str, int], told: str
@@ -80,12 +81,14 @@ def test_groups_of_eight_ranks() -> None:
     assert by_rank[0][2].splitlines()[0] == "8 rank(s) = dp x cp = edp x ep x etp"
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("value", [-1, 0, 3, 8])
 def test_rows_that_cannot_be_shared_are_named(value: int) -> None:
     with pytest.raises(ValueError, match=rf"parallel\.cp={value} does not divide the 4 process"):
         check_parallel(ParallelConfig(cp=value), 4)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("key", ["zero_stage", "expert_zero_stage"])
 @pytest.mark.parametrize("value", [-1, 4])
 def test_unknown_stages_are_named(key: str, value: int) -> None:
@@ -93,12 +96,14 @@ def test_unknown_stages_are_named(key: str, value: int) -> None:
         check_parallel(ParallelConfig(**{key: value}), 1)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dense", [0, 1, 2, 3])
 @pytest.mark.parametrize("expert", [None, 0, 1, 2, 3])
 def test_every_pair_of_stages_is_accepted(dense: int, expert: int | None) -> None:
     check_parallel(ParallelConfig(zero_stage=dense, expert_zero_stage=expert), 3)
 
 
+@pytest.mark.fast
 def test_no_environment_is_a_world_of_one(one_rank: torch.device) -> None:
     mesh = build_mesh(ParallelConfig(), one_rank)
     assert (mesh.world_size, mesh.rank, mesh.dp, mesh.dp_rank) == (1, 0, 1, 0)
@@ -106,6 +111,7 @@ def test_no_environment_is_a_world_of_one(one_rank: torch.device) -> None:
     assert tuple(mesh.replicate.shape) == (1, 1)
 
 
+@pytest.mark.fast
 def test_a_mesh_checks_its_configuration(one_rank: torch.device) -> None:
     with pytest.raises(ValueError, match=r"parallel\.ep=2"):
         build_mesh(ParallelConfig(ep=2), one_rank)

@@ -17,13 +17,12 @@ from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import Mesh, build_mesh
 from fulmen.parallel.zero import ZeroEngine
 
-pytestmark = pytest.mark.fast
-
 
 def build(device: torch.device, **options: Any) -> tuple[TextModel, ZeroEngine]:
     return tiny_engine(device, ParallelConfig(zero_stage=3), **options)
 
 
+@pytest.mark.fast
 def test_every_layer_and_its_experts_are_units(one_rank: torch.device) -> None:
     model, engine = build(one_rank)
     kinds = {type(block.self_attn).__name__ for block in model.layers}
@@ -39,6 +38,7 @@ def test_every_layer_and_its_experts_are_units(one_rank: torch.device) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in engine.parameters.values())
 
 
+@pytest.mark.fast
 def test_a_module_left_local_is_an_error(one_rank: torch.device) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -49,6 +49,7 @@ def test_a_module_left_local_is_an_error(one_rank: torch.device) -> None:
         engine.materialize()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("choice", "passes"), [("none", 1), ("full", 2)])
 def test_activation_checkpointing_computes_every_block_again(
     choice: str, passes: int, one_rank: torch.device
@@ -79,6 +80,7 @@ def step(model: TextModel, engine: ZeroEngine) -> LossOutput:
     return output
 
 
+@pytest.mark.fast
 def test_the_router_is_fp32_in_bf16_training(one_rank: torch.device) -> None:
     model, engine = build(one_rank, dtype=torch.bfloat16)
     seen: list[tuple[torch.dtype, torch.dtype]] = []
@@ -95,6 +97,7 @@ def test_the_router_is_fp32_in_bf16_training(one_rank: torch.device) -> None:
     assert dtypes == [torch.bfloat16]
 
 
+@pytest.mark.slow
 def test_compilation_is_not_lost(one_rank: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = step(*build(one_rank)).loss_sum
     compiled = partial(torch.compile, backend="aot_eager")
@@ -107,6 +110,7 @@ def test_compilation_is_not_lost(one_rank: torch.device, monkeypatch: pytest.Mon
     torch.testing.assert_close(output.loss_sum, expected)
 
 
+@pytest.mark.fast
 def test_ranks_that_cannot_share_the_experts_are_told() -> None:
     mesh = cast(Mesh, SimpleNamespace(world_size=4))  # of the rest of a mesh nothing is asked
     engine = ZeroEngine(nn.Linear(1, 1), mesh, dtype=torch.float32)

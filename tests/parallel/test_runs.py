@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from support.worlds import run_world
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fulmen.models.text import LossOutput
+from fulmen.data.packing import PackedBatch
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.zero import ZeroEngine
@@ -254,14 +253,13 @@ def test_every_rank_stops_at_one_that_is_not_finite(
 
 def poisoned(device: torch.device, config: RunConfig, run_dir: Path) -> str:
     trainer = Trainer(config, build_mesh(config.parallel, device), run_dir)
-    forward = trainer._forward
+    loss = trainer.objective.loss
 
-    def poison(batch: Any) -> LossOutput:
-        output = forward(batch)
+    def poison(batch: PackedBatch) -> Tensor:
         bad = trainer.step == 1 and trainer.mesh.rank == 1
-        return output._replace(loss_sum=output.loss_sum * torch.nan) if bad else output
+        return loss(batch) * torch.nan if bad else loss(batch)
 
-    trainer._forward = poison  # type: ignore[method-assign]
+    trainer.objective.loss = poison  # type: ignore[method-assign]
     try:
         trainer.fit()
     except FloatingPointError as error:

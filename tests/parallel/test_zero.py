@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -41,6 +42,16 @@ FEW_EXPERTS = tiny_model(num_experts=2)
 """Fewer experts than the largest world has ranks."""
 ODD_EXPERTS = tiny_model(num_experts=2, expert_hidden_size=26)
 """The same, of a width that four ranks cannot share: the split goes along the other side."""
+PARTS = {
+    "embedding": r"^embed_tokens",
+    "lightning": r"^layers\.[02]\.self_attn",
+    "softmax": r"^layers\.1\.self_attn",
+    "router": r"moe\.gate",
+    "experts": r"experts\.w",
+    "norms": r"layernorm|^norm",
+    "head": r"^lm_head",
+}
+"""Parts of `tiny_model` in the order of its forward pass, with their parameters' names."""
 RELATIVE = 1e-5
 WEIGHTS_RELATIVE = 3e-5
 """Adam divides by the gradient's size: where that is near 0, rounding decides the step."""
@@ -87,6 +98,8 @@ class Outcome:
     norms: list[float]
     initial: dict[str, Tensor]
     final: dict[str, Tensor]
+    parts: list[dict[str, float]] = field(default_factory=list)
+    """Gradient norms by part of the model."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,11 @@ def reference(num_experts: int, expert_hidden_size: int) -> Outcome:
             output = forward(model, batch)
             loss_of(output, num_labels).backward()
             total += output.loss_sum.item() / num_labels
+        squares = dict.fromkeys(PARTS, 0.0)
+        for name, parameter in model.named_parameters():
+            (part,) = (p for p, pattern in PARTS.items() if re.search(pattern, name))
+            squares[part] += parameter.grad.double().square().sum().item()
+        outcome.parts.append({part: math.sqrt(square) for part, square in squares.items()})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
@@ -212,6 +230,7 @@ def train(device: torch.device, case: Case) -> Outcome:
             loss_of(output, num_labels).backward()
             total += output.loss_sum.detach().double() / num_labels
         norm = engine.clip_grad_norm(MAX_NORM)
+        outcome.parts.append(engine.part_norms())
         optimizer.step(learning_rate(step))
         dist.all_reduce(total)
         outcome.losses.append(total.item())
@@ -260,6 +279,10 @@ def test_training_equals_plain_torch(size: int, case: Case) -> None:
             where = f"rank {rank}, step {step}"
             assert relative(outcome.losses[step], expected.losses[step]) <= RELATIVE, where
             assert relative(outcome.norms[step], expected.norms[step]) <= RELATIVE, where
+            assert list(outcome.parts[step]) == list(PARTS)
+            for part, norm in outcome.parts[step].items():
+                error = abs(norm - expected.parts[step][part])
+                assert error <= RELATIVE * expected.norms[step], f"{where}, {part}"
         assert outcome.final.keys() == expected.final.keys()
         for name, weights in expected.final.items():
             difference = (outcome.final[name] - weights).norm() / weights.norm()

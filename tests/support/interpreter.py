@@ -5,16 +5,21 @@ with TRITON_INTERPRET=1 (`run_in_interpreter`). Triton 3.6 interprets only besid
 later ones beside any.
 """
 
+import inspect
 import os
 import subprocess
-import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from support import warm
+
+_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RUNS_KERNELS = INTERPRETED or torch.cuda.is_available()
@@ -28,18 +33,49 @@ compiles_only = pytest.mark.skipif(
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="slow in the interpreter, and nothing new")
 
 
+def _remember_members() -> None:
+    """Triton lists the members of triton.language at each call of a function: a third of the time
+    of interpreted tests. They are the same each time."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @cache
+    def builtins_of(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        for name in builtins_of(package):
+            member = getattr(package, name)
+            if is_builtin(member):  # no longer, where a caller's patch holds
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if INTERPRETED:
+    _remember_members()
+
+
 def on_kernels(function: Any) -> Any:
     """Marks a test that launches Triton kernels on tensors of DEVICE."""
     skip = pytest.mark.skipif(not RUNS_KERNELS, reason="neither a GPU nor Triton's interpreter")
     return pytest.mark.gpu(skip(function))
 
 
+@cache
+def _interpreting() -> tuple[Path, Any]:
+    """Socket of a server of processes where Triton interprets, and what ends with this process."""
+    folder = TemporaryDirectory()
+    socket = Path(folder.name) / "socket"
+    return socket, (folder, warm.start(socket, _ENVIRONMENT))
+
+
 def run_in_interpreter(file: str) -> None:
     """Run the tests of `file` (pass `__file__`) in a process where Triton interprets."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    socket, _ = _interpreting()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", str(Path(file).resolve())],
-        env=environment,
+        [*warm.python(socket), "-m", "pytest", "-x", str(Path(file).resolve())],
+        env=os.environ | _ENVIRONMENT,
         capture_output=True,
         text=True,
         cwd=Path(__file__).resolve().parents[2],

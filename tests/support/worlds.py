@@ -14,8 +14,8 @@ from typing import Any
 
 # A fork server is a fresh process that has imported torch once, and nothing else has happened in
 # it: its children start clean like spawned ones, without seconds of importing each.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fulmen.trainer.run", "fulmen.launch.pretrain"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fulmen.trainer.run", "fulmen.launch.pretrain"])
 
 
 def free_port() -> int:
@@ -62,8 +62,8 @@ def run_processes(
     """
     pipes, processes = [], []
     for environment in environments:
-        ours, theirs = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_rank_main, args=(theirs, environment, function, args))
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_rank_main, args=(theirs, environment, function, args))
         process.start()
         theirs.close()
         pipes.append(ours)

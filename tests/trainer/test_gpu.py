@@ -1,5 +1,8 @@
 """A run on a GPU: bf16 with fp32 masters, close to the CPU, saved and gone on with, no waiting."""
 
+import gzip
+import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
+from fulmen.trainer.profile_memory import watch_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,3 +77,27 @@ def test_a_step_does_not_wait_for_the_device(
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainer.close()
+
+
+def test_a_trace_has_the_kernels(one_rank: torch.device, tiny_data: Path, tmp_path: Path) -> None:
+    config = config_of(tiny_data, "bfloat16", max_steps=4)
+    config.trainer.profile.from_step = 3
+    losses_of(config, tmp_path, one_rank)
+    trace = json.loads(gzip.decompress((tmp_path / "profile/step_3/rank0.json.gz").read_bytes()))
+    assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
+
+
+def test_memory_that_runs_out_is_written_down(one_rank: torch.device, tmp_path: Path) -> None:
+    watch_memory(tmp_path, one_rank, {"weights": 2**30}, rank=0, history=True)
+    try:
+        held = torch.zeros(2**20, device=one_rank)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**45, dtype=torch.uint8, device=one_rank)
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    text = (tmp_path / "oom" / "rank0.txt").read_text()
+    assert "32768.00 GiB asked for" in text
+    assert "weights" in text
+    snapshot = pickle.loads((tmp_path / "oom" / "rank0.pickle").read_bytes())
+    blocks = [block for segment in snapshot["segments"] for block in segment["blocks"]]
+    assert any(block["address"] == held.data_ptr() and block["frames"] for block in blocks)

@@ -1,5 +1,6 @@
 """The trainer's steps, rows and evaluation against a loop written out here."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ STEPS = 5
 LOGGED = {
     *("step", "tokens", "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s"),
     *("tflops_per_device", "mfu", "mfu_palm", "drop_rate", "expert_imbalance", "memory_gib"),
+    *("data_wait_s", "checkpoint_stall_s", "grad_norm/lightning", "grad_norm/experts"),
 }
 """What every logged step promises (docs/metrics.md)."""
 
@@ -137,6 +139,8 @@ def test_the_trainer_does_what_a_plain_loop_does(
         assert row["mfu"] is None  # a CPU has no known peak
         assert row["drop_rate"] == 0.0
         assert row["expert_imbalance"] >= 1.0
+        parts = [value for key, value in row.items() if key.startswith("grad_norm/")]
+        assert math.hypot(*parts) == pytest.approx(row["grad_norm"], rel=1e-6)
     for name, parameter in model.named_parameters():
         ours = trainer.engine.parameters[name].full_tensor()
         assert (ours - parameter).norm() <= 3e-5 * parameter.norm(), name

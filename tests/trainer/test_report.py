@@ -5,14 +5,16 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pages import Page
 
+from fulmen.trainer.charts import draw_load
+from fulmen.trainer.curves import MAX_POINTS, merge_rows
 from fulmen.trainer.metrics import JsonlSink, read_metrics
-from fulmen.trainer.report import MAX_POINTS, head_facts, merge_rows, write_report
+from fulmen.trainer.report import head_facts, write_report
 
 
 def write_run(run_dir: Path, *, steps: int = 20, source: str = "stdlib", **changes: Any) -> None:
@@ -36,24 +38,6 @@ def write_run(run_dir: Path, *, steps: int = 20, source: str = "stdlib", **chang
         sink.log_step({**row, **changes})
     sink.log_eval(steps, 1000 * steps, {f"loss/{source}": 7.125})
     sink.close(failed=False)
-
-
-class Page(HTMLParser):
-    """The tags, attributes and texts of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 def test_accuracies_of_a_tower(tmp_path: Path) -> None:
@@ -210,3 +194,40 @@ def test_stages_and_accounts_have_their_places(tmp_path: Path) -> None:
     assert "books, long" in text
     assert "2,100" in text
     assert "900" in text
+
+
+def test_what_only_some_runs_have_gets_its_place(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl", resume_step=0)
+    for step in (1, 2):
+        row = {"step": step, "tokens": 1000 * step, "loss": 5.0, "step_time_s": 2.0}
+        load = [[1.0, 0.0, 4.0], [1.0, 1.5, 0.5]]
+        sink.log_step(
+            {**row, "grad_norm/router": 0.5, "expert_load": load, "checkpoint_stall_s": 0.1}
+        )
+    sink.log_eval(2, 2000, {"dpo_loss/pairs": 0.5})
+    sink.log_scores(2, 2000, {"niah/64": 0.5, "niah/128": 0.25})
+    sink.close(failed=False)
+    page = Page(write_report(tmp_path).read_text())
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert labels == [
+        "Loss",
+        "Gradient norm by part of the model",
+        "Held up by a checkpoint",
+        "Held out, dpo loss",
+        "Long texts, niah",
+    ]
+    pictures = [value for name, value in page.attributes if name == "src"]
+    assert len(pictures) == 2
+    assert all(picture and picture.startswith("data:image/png;base64,") for picture in pictures)
+    assert "0.2 s, 5.00% of it" in page.texts
+
+
+@pytest.mark.fast
+def test_heat_map_is_pale_where_fair_and_red_where_busy() -> None:
+    pixels = draw_load([[1.0, 0.0, 4.0, 9.0]], cell=2)
+    assert pixels.shape == (2, 8, 3)
+    fair, idle, busy, busier = pixels[0, ::2].tolist()
+    assert min(fair) > 220
+    assert busy == busier
+    assert idle[2] > idle[0]
+    assert busy[0] > busy[2]

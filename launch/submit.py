@@ -1,0 +1,304 @@
+"""Submit to SLURM: `submit.py recipe=text01 cluster=FILE slurm.nodes=256 slurm.time=48:00:00`.
+
+Any key of a run may follow. What the job needs is written to `RUN/slurm/<number>/`: the script
+(`job.sh`, from launch/job.sh), a copy of the code, the resolved configuration, the plan. With
+dry_run=true that is all. docs/operations.md goes through it.
+"""
+
+import datetime
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import MISSING, OmegaConf
+
+from fulmen.launch.cluster import ClusterConfig, read_cluster
+from fulmen.launch.hydra_main import run_hydra
+from fulmen.launch.snapshot import snapshot
+from fulmen.trainer.config import RunConfig, check_run_folder
+from fulmen.trainer.stages import check_run
+
+ROOT = Path(__file__).resolve().parent.parent
+_OWN_KEYS = r"[+~]*(slurm\.|cluster=|dry_run=|recipe=|run_root=|run_id=)"
+_TIME = r"(\d+-)?\d+(:\d\d){0,2}"
+_SAVE_S = 60
+"""Taken for a save, when the notice before the time limit is checked."""
+
+
+@dataclass
+class SlurmConfig:
+    """The `slurm` group: the job."""
+
+    nodes: int = MISSING
+    time: str = MISSING
+    """Time limit of a job, as SLURM writes it: 48:00:00 or 2-00:00:00."""
+    notice_s: int = 300
+    """The run is asked to stop so many seconds before it; two steps, an evaluation and a save have
+    to fit in."""
+    requeues: int = 20
+    """Times that the job is requeued, or replaced by one without bad nodes."""
+    retries: int = 3
+    """Starts after failures in one job, if nothing is saved between them."""
+    chain: int = 1
+    """Jobs of the run, one after the other; above 1 they are not requeued at the time limit."""
+    dependency: str | None = None
+    """A further one, such as afterok:1234; jobs of the same run never run side by side anyway."""
+    exclude: str | None = None
+    """Nodes to leave out from the start."""
+    preflight: bool = True
+    """Look at all nodes before each start."""
+    leave_out_bad: bool = True
+    """Go on without nodes that the preflight calls bad; else the job ends."""
+
+
+@dataclass
+class SubmitConfig(RunConfig):
+    """A run's keys, and those of the job."""
+
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    cluster: str = MISSING
+    """YAML file with the facts of the cluster; recipes/clusters/ has examples."""
+    dry_run: bool = False
+    """Write everything, submit nothing."""
+
+
+def submit(config: SubmitConfig) -> None:
+    """Check, write, and submit."""
+    cluster = read_cluster(config.cluster)
+    check_slurm(config.slurm)
+    world_size = config.slurm.nodes * cluster.processes
+    check_run(config, world_size)
+    choices = HydraConfig.get()
+    recipe = choices.runtime.choices["recipe"]
+    run_id = config.run_id or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = Path(config.run_root).absolute() / recipe / run_id
+    planned, facts = plan(config, cluster, world_size)
+    check_run_folder(run_dir)
+    here = _next_folder(run_dir / "slurm")
+    searched = [entry for entry in choices.overrides.hydra if entry.startswith("hydra.searchpath=")]
+    copied = snapshot(ROOT, here / "code", _own_recipes(searched))
+    arguments = [
+        f"recipe={recipe}",
+        f"run_id={run_id}",
+        f"run_root={Path(config.run_root).absolute()}",
+        *(word for word in choices.overrides.task if not re.match(_OWN_KEYS, word)),
+    ]
+    if facts is not None:
+        (here / "plan.json").write_text(json.dumps(facts, indent=1))
+    (here / "config.yaml").write_text(_resolved(config, run_id))
+    (here / "environment.sh").write_text(render_environment(cluster, here))
+    (here / "job.sh").write_text(render_job(config.slurm, cluster, run_dir, here, arguments))
+    print(f"{recipe}/{run_id}: {config.slurm.nodes} node(s) x {cluster.processes} process(es)")
+    print(f"code: {copied}")
+    print(f"plan: {planned}")
+    print(f"script: {here / 'job.sh'}")
+    if config.dry_run:
+        print("dry_run=true: nothing is submitted")
+        return
+    for line in send(config.slurm, run_dir, here):
+        print(line)
+
+
+def check_slurm(slurm: SlurmConfig) -> None:
+    """Raise `ValueError`, naming the key."""
+    if not re.fullmatch(_TIME, slurm.time):
+        raise ValueError(f"slurm.time={slurm.time}: must look like 48:00:00 or 2-00:00:00")
+    least_of = {"nodes": 1, "notice_s": 1, "requeues": 0, "retries": 0, "chain": 1}
+    for name, least in least_of.items():
+        if getattr(slurm, name) < least:
+            raise ValueError(f"slurm.{name}={getattr(slurm, name)}: must be at least {least}")
+    # SLURM may signal up to a minute early, and what has begun must be worth it.
+    if seconds_of(slurm.time) < slurm.notice_s + 60:
+        raise ValueError(
+            f"slurm.time={slurm.time} leaves no time before slurm.notice_s={slurm.notice_s}: "
+            "raise the one or lower the other"
+        )
+
+
+def seconds_of(time: str) -> int:
+    """Of a time limit as SLURM reads it: minutes, minutes:seconds, or hours:minutes:seconds;
+    days-hours, and so on."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = [3600, 60, 1] if days or len(parts) == 3 else [60, 1]
+    return int(days or 0) * 86_400 + sum(p * u for p, u in zip(parts, units, strict=False))
+
+
+def plan(
+    config: SubmitConfig, cluster: ClusterConfig, world_size: int
+) -> tuple[str, dict[str, Any] | None]:
+    """What the planner says, as a line and whole; `ValueError` if the run cannot fit."""
+    if cluster.gpu is None or not cluster.gpus_per_node:
+        return "left out: the cluster's file names no kind of gpu", None
+    from fulmen.trainer.planner import GPUS, Assumptions, describe, make_plan
+
+    if cluster.gpu not in GPUS:
+        raise ValueError(f"{config.cluster}: gpu={cluster.gpu}: must be one of {', '.join(GPUS)}")
+    made = make_plan(config, world_size, GPUS[cluster.gpu], Assumptions())
+    facts = describe(made)
+    for stage in made.stages:
+        if not stage.fits and not config.trainer.allow_misfit:
+            name = f"stage {stage.name} " if stage.name else "the run "
+            raise ValueError(
+                f"{name}needs {stage.memory_gib:.1f} GiB on a rank, a {cluster.gpu} has "
+                f"{stage.usable_gib}: launch/plan.py with the same keys, gpus={world_size} and "
+                f"gpu={cluster.gpu} says what to change, or set trainer.allow_misfit=true"
+            )
+    slowest = max(part.step.seconds for stage in made.stages for part in stage.intervals)
+    if config.slurm.notice_s < 2 * slowest + _SAVE_S:
+        raise ValueError(
+            f"slurm.notice_s={config.slurm.notice_s}: a step takes {slowest:.0f} s, and two of "
+            f"them and a save have to fit in: at least {2 * slowest + _SAVE_S:.0f}"
+        )
+    peak = max(stage.memory_gib for stage in made.stages)
+    line = (
+        f"{peak:.1f} of {facts['usable_gib']} GiB, {facts['step_time_s']:.2f} s a step, "
+        f"{facts['tokens']:.4g} tokens in {facts['days']:.2f} days"
+    )
+    return line, facts
+
+
+def render_job(
+    slurm: SlurmConfig, cluster: ClusterConfig, run_dir: Path, here: Path, arguments: list[str]
+) -> str:
+    """The batch script: options, the run's values, and launch/job.sh."""
+    name = f"{run_dir.parent.name}-{run_dir.name}"
+    cpus = cluster.cpus_per_node
+    gpus = cluster.gpu_request or f"gpus-per-node={cluster.gpus_per_node}"
+    options: dict[str, Any] = {
+        "job-name": name,
+        "nodes": slurm.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": cpus,
+        "time": slurm.time,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "mem": cluster.memory,
+        "exclude": slurm.exclude,
+        "signal": f"B:USR1@{slurm.notice_s}",
+        # Two jobs of one run would write to one folder.
+        "dependency": ",".join(["singleton", *filter(None, [slurm.dependency])]),
+        "output": here / "job-%j.out",
+        "open-mode": "append",
+    }
+    flags = ["requeue", *(["exclusive"] if cluster.exclusive else [])]
+    flags += [gpus] if cluster.gpus_per_node else []
+    flags += cluster.sbatch
+    lines = ["#!/bin/bash"]
+    lines += [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    lines += [f"#SBATCH --{flag}" for flag in flags]
+    values: dict[str, Any] = {
+        "RUN": run_dir,
+        "HERE": here,
+        "CODE": here / "code",
+        "PYTHON": cluster.python or sys.executable,
+        "NODES": slurm.nodes,
+        "PROCESSES": cluster.processes,
+        "REQUEUES": slurm.requeues,
+        "RETRIES": slurm.retries,
+        "CHAIN": slurm.chain,
+        "EXCLUDE": slurm.exclude or "",
+        "PREFLIGHT": int(slurm.preflight),
+        "LEAVE_OUT": int(slurm.leave_out_bad),
+        "INTERFACE": cluster.interface or "",
+    }
+    lines += ["", f"# Written by launch/submit.py at {datetime.datetime.now():%Y-%m-%d %H:%M:%S}."]
+    lines += [f"{key}={shlex.quote(str(value))}" for key, value in values.items()]
+    if cpus is not None:
+        lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over")
+    checks = {"gpus": cluster.gpus_per_node, "cache_folder": cluster.cache_folder}
+    checks |= cluster.preflight
+    given = [f"{key}={value}" for key, value in checks.items() if value is not None]
+    lines.append(_array("PREFLIGHT_ARGUMENTS", given))
+    lines.append(_array("ARGUMENTS", arguments))
+    return "\n".join(lines) + "\n" + (ROOT / "launch" / "job.sh").read_text()
+
+
+def render_environment(cluster: ClusterConfig, here: Path) -> str:
+    """What the job and each node source first."""
+    variables = {"PYTHONPATH": str(here / "code" / ".rooms"), "PYTHONUNBUFFERED": "1"}
+    if cluster.interface:
+        variables |= {"NCCL_SOCKET_IFNAME": cluster.interface}
+        variables |= {"GLOO_SOCKET_IFNAME": cluster.interface}
+    if not cluster.gpus_per_node:
+        variables["OMP_NUM_THREADS"] = "1"
+    variables |= cluster.environment
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
+    if cluster.cache_folder:
+        for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+            exports.append(f'export {name}="{cluster.cache_folder}/{name.split("_")[0].lower()}"')
+    return "\n".join(["# Sourced by the job and on every node.", *exports, *cluster.setup]) + "\n"
+
+
+def send(slurm: SlurmConfig, run_dir: Path, here: Path) -> list[str]:
+    """Let SLURM look at the script, submit it, and say where to look."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch is not here: submit where SLURM is, or set dry_run=true")
+    script = str(here / "job.sh")
+    said = _sbatch("--test-only", script)
+    for name in ("STOP", "DONE"):  # a submission is the wish to go on
+        (run_dir / name).unlink(missing_ok=True)
+    jobs = [_sbatch("--parsable", script).partition(";")[0] for _ in range(slurm.chain)]
+    (here / "jobs").write_text("".join(f"{job}\n" for job in jobs))
+    return [
+        f"SLURM: {said.removeprefix('sbatch: ')}",
+        f"job {' then '.join(jobs)}",
+        f"look:   squeue -j {','.join(jobs)}; tail -F {here}/job-{jobs[0]}.out",
+        f"        {run_dir}/train.log, metrics.jsonl, report.html",
+        f"stop:   touch {run_dir}/STOP (saves first), or scancel {' '.join(jobs)}",
+    ]
+
+
+def _sbatch(*words: str) -> str:
+    command = ["sbatch", *words]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    said = (done.stdout + done.stderr).strip()
+    if done.returncode:
+        raise ValueError(f"sbatch refuses {words[-1]}: {said}")
+    return said if words[0] == "--test-only" else done.stdout.strip()
+
+
+def _array(name: str, words: list[str]) -> str:
+    inside = "".join(f"\n  {shlex.quote(word)}" for word in words)
+    return f"{name}=({inside}\n)"
+
+
+def _resolved(config: SubmitConfig, run_id: str) -> str:
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(values, dict)
+    values["run_id"] = run_id
+    return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def _next_folder(parent: Path) -> Path:
+    """`parent/1`, or the number after the highest one."""
+    taken = [int(path.name) for path in parent.glob("*") if path.name.isdigit()]
+    folder = parent / f"{max(taken, default=0) + 1}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _own_recipes(overrides: list[str]) -> list[Path]:
+    """The folders of `hydra.searchpath=[file://...]`."""
+    found = []
+    for entry in overrides:
+        for folder in re.findall(r"file://([^,\]]+)", entry):
+            found.append(Path(folder.strip("'\" ")))
+    return found
+
+
+def main() -> None:
+    """Entry point."""
+    run_hydra(submit, "submit", SubmitConfig)
+
+
+if __name__ == "__main__":
+    main()
