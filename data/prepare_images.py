@@ -166,7 +166,8 @@ def _read_limits(config: PrepareImagesConfig) -> ReadLimits:
 
 
 def _sample_texts(config: PrepareImagesConfig, files: Sequence[InputFile]) -> Iterator[str]:
-    """Texts of the first records, each turn's behind its header."""
+    """The headers of turns, and texts of the first records, each turn's behind its header."""
+    yield from HEADERS.values()
     limits, left = _read_limits(config), config.train_sample_mb * 1e6
     for chunk in read_records(files, limits):
         for raw in chunk:
