@@ -1,6 +1,6 @@
 """Speed of a run by its metrics: medians of the rows behind the first few steps, one JSON line.
 
-    python benchmarks/run_speed.py runs/vl01_1b/RUN [skip=5]
+python benchmarks/run_speed.py runs/vl01_1b/RUN [skip=5]
 """
 
 import json

@@ -96,7 +96,8 @@ class WandbSink:
         self._config = config
         self._run_name = run_name
         self._run_config = run_config
-        self._resume_step = resume_step
+        # Here and not in the thread, so that a run killed at once has it too.
+        self._id = keep_wandb_id(run_dir, run_name, run_config, resume_step=resume_step)
         self._close_timeout_s = close_timeout_s
         self._queue: queue.Queue[tuple[int, dict[str, Any]] | Alert] = queue.Queue(queue_rows)
         self._left_out = 0
@@ -195,12 +196,7 @@ class WandbSink:
             )
         run = wandb.init(
             project=self._config.wandb_project,
-            id=keep_wandb_id(
-                self._run_dir,
-                self._run_name,
-                self._run_config,
-                resume_step=self._resume_step,
-            ),
+            id=self._id,
             name=self._run_name,
             config=self._run_config,
             dir=str(self._run_dir),
