@@ -10,6 +10,7 @@ if os.environ.get("FULMEN_TEST_GPU") != "1":
 for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"):
     os.environ.pop(name, None)
 
+import logging  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -36,6 +37,28 @@ def one_rank() -> Iterator[torch.device]:
 
     yield join_world()
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What fulmen logs, as it comes.
+
+    Not by caplog: that hears nothing of a logger that a run, in another test of this process, has
+    cut off the root, or all of it twice where it is tied to the root again.
+    """
+    texts: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    log = logging.getLogger("fulmen")
+    handler, level = Handler(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield texts
+    log.removeHandler(handler)
+    log.setLevel(level)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

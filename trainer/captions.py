@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulmen.data.loader import StepBatch, evaluation_batches
+from fulmen.data.loader import StepBatch
 from fulmen.data.packing import IGNORE_LABEL, PackedBatch
 from fulmen.data.shards import PreparedSplit
 from fulmen.models.coca import CoCa, CoCaLosses
@@ -15,6 +15,7 @@ from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.progress import phase
 from fulmen.trainer.caption_inputs import caption_inputs, check_captions, most_pairs
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.evaluate import held_out_batches
 from fulmen.trainer.objective import Objective
 from fulmen.trainer.zero_shot import ZeroShot
 
@@ -79,15 +80,7 @@ class Captioning(Objective):
         values: dict[str, float] = {}
         for source, split in self.held_out.items():
             sums = torch.zeros(5, dtype=torch.float64, device=self.mesh.device)
-            for batch in evaluation_batches(
-                split,
-                seq_len=self.config.data.seq_len,
-                micro_batch_tokens=self.config.trainer.micro_batch_tokens,
-                max_tokens=self.config.evaluation.max_tokens,
-                dp_rank=self.mesh.dp_rank,
-                dp_size=self.mesh.dp,
-            ):
-                phase("evaluation")
+            for batch in held_out_batches(split, self.mesh, self.config):
                 sums[:3] += _sums_of(self._forward(batch))
                 sums[3] += (batch.labels != IGNORE_LABEL).sum()
                 sums[4] += 0 if batch.images is None else len(batch.images.images)

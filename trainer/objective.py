@@ -143,12 +143,5 @@ class LanguageModelling(Objective):
         return {"loss": reduced.sums["loss"] / self._num_labels, **reduced.of_routers}
 
     def evaluate(self) -> dict[str, float]:
-        losses = evaluate(
-            self.model,
-            self.held_out,
-            self.mesh,
-            seq_len=self.config.data.seq_len,
-            micro_batch_tokens=self.config.trainer.micro_batch_tokens,
-            max_tokens=self.config.evaluation.max_tokens,
-        )
+        losses = evaluate(self.model, self.held_out, self.mesh, self.config)
         return {f"loss/{source}": loss for source, loss in losses.items()}

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulmen.data.loader import StepBatch, evaluation_batches
+from fulmen.data.loader import StepBatch
 from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit
 from fulmen.models.preference import PreferenceLoss, preference_loss
 from fulmen.models.text import LossOutput
-from fulmen.parallel.progress import phase
+from fulmen.trainer.evaluate import held_out_batches
 from fulmen.trainer.objective import Objective, count_pairs
 from fulmen.trainer.reference import find_reference, pair_log_probabilities
 from fulmen.trainer.run_log import log
@@ -96,15 +96,7 @@ class Preference(Objective):
         for split in (self.held_out[one.name] for one in self.train):
             sums = torch.zeros(len(PreferenceLoss._fields) + 1, dtype=torch.float64)
             sums = sums.to(self.mesh.device)
-            for batch in evaluation_batches(
-                split,
-                seq_len=self.config.data.seq_len,
-                micro_batch_tokens=self.config.trainer.micro_batch_tokens,
-                max_tokens=self.config.evaluation.max_tokens,
-                dp_rank=self.mesh.dp_rank,
-                dp_size=self.mesh.dp,
-            ):
-                phase("evaluation")
+            for batch in held_out_batches(split, self.mesh, self.config):
                 found, _ = self._forward(batch, "valid")
                 sums[:-1] += torch.stack([value.double() for value in found])
                 sums[-1] += len(batch.pairs)

@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulmen.data.loader import evaluation_batches
 from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.mesh import Mesh
-from fulmen.parallel.progress import phase
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.evaluate import held_out_batches
 from fulmen.trainer.inputs import model_inputs
 from fulmen.trainer.run_log import log
 
@@ -52,15 +51,9 @@ def compute_reference(
     found = torch.zeros(size, 2, device=mesh.device)
     times = torch.zeros(size, dtype=torch.int64, device=mesh.device)
     model.eval()
-    for batch in evaluation_batches(
-        split,
-        seq_len=config.data.seq_len,
-        micro_batch_tokens=config.trainer.micro_batch_tokens,
-        max_tokens=split.num_tokens,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp,
+    for batch in held_out_batches(
+        split, mesh, config, max_tokens=split.num_tokens, doing="reference"
     ):
-        phase("reference")
         values, _ = pair_log_probabilities(model, batch, mesh)
         numbers = torch.tensor(
             [pair.number for pair in batch.pairs], dtype=torch.int64, device=mesh.device

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fulmen.data.loader import evaluation_batches
 from fulmen.data.micro_batches import check_vision
 from fulmen.data.shards import PreparedSplit
 from fulmen.data.tokenise import load_tokenizer, tokenizer_path
@@ -23,6 +22,7 @@ from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.caption_inputs import caption_inputs, check_captions, move_captions, pad_rows
 from fulmen.trainer.config import RunConfig, ZeroShotConfig, to_dataclass
+from fulmen.trainer.evaluate import held_out_batches
 from fulmen.trainer.load import load_captioner
 from fulmen.trainer.run_log import log
 from fulmen.trainer.weights import load_run_config
@@ -103,13 +103,12 @@ class ZeroShot:
         """Share of images that are given their class; all ranks call it."""
         classes = self._embed_classes(model)
         sums = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)  # right, all
-        for batch in evaluation_batches(
+        for batch in held_out_batches(
             self._split,
-            seq_len=self._config.data.seq_len,
-            micro_batch_tokens=self._config.trainer.micro_batch_tokens,
+            self._mesh,
+            self._config,
             max_tokens=self._split.num_tokens,
-            dp_rank=self._mesh.dp_rank,
-            dp_size=self._mesh.dp,
+            doing="zero-shot classification",
         ):
             pixels, captions = caption_inputs(batch, self._config.model, self._mesh.device)
             found = (model(pixels) @ classes.T).argmax(1)

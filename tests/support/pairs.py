@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from fulmen.data.config import SourceConfig
-from fulmen.data.shards import read_manifest
-from fulmen.models.config import VisionConfig
 from fulmen.trainer.config import RunConfig
 from support.pictures import encoded, picture, prepare, write_jsonl
+from support.seeing import tiny_vision
 from support.tiny import tiny_config
 
 
@@ -61,15 +60,5 @@ def preference_config(folder: Path, *, max_steps: int = 4) -> RunConfig:
     config.trainer.micro_batch_tokens = 384
     config.evaluation.every_steps, config.evaluation.max_tokens = 2, 1200
     config.checkpoint.every_steps = 2
-    config.model.vision = VisionConfig(
-        num_layers=2,
-        hidden_size=16,
-        num_attention_heads=2,
-        mlp_hidden_size=24,
-        tile_size=28,
-        patch_size=14,
-        image_token_id=read_manifest(folder / "pairs")["special_ids"]["image"],
-        max_tiles_per_side=3,
-        max_tiles=6,
-    )
+    config.model.vision = tiny_vision(folder / "pairs")
     return config

@@ -36,7 +36,13 @@ def seeing_config(images: Path, cp: int = 1, zero_stage: int = 1) -> RunConfig:
     config.data.seq_len, config.data.global_batch_tokens = 128, 512
     config.trainer.micro_batch_tokens = 128
     config.parallel = ParallelConfig(cp=cp, zero_stage=zero_stage)
-    config.model.vision = VisionConfig(
+    config.model.vision = tiny_vision(images)
+    return config
+
+
+def tiny_vision(images: Path) -> VisionConfig:
+    """A tower for tiles of four patches, as `prepare` cuts them."""
+    return VisionConfig(
         num_layers=2,
         hidden_size=16,
         num_attention_heads=2,
@@ -47,4 +53,3 @@ def seeing_config(images: Path, cp: int = 1, zero_stage: int = 1) -> RunConfig:
         max_tiles_per_side=3,
         max_tiles=6,
     )
-    return config

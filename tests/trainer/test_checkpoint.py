@@ -1,7 +1,6 @@
 """Checkpoints: whole or refused, the newest whole one found, loadable on any mesh."""
 
 import json
-import logging
 import os
 import shutil
 import threading
@@ -24,7 +23,6 @@ from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.manifest import CheckpointError
-from fulmen.trainer.run_log import log
 from fulmen.trainer.weights import CheckpointWeights, Piece, save_weights
 
 WORLD_OF_ONE = torch.device("cpu")
@@ -89,23 +87,6 @@ def checkpointer(run_dir: Path, one_rank: torch.device) -> Iterator[Checkpointer
     made = Checkpointer(run_dir / "checkpoints", keep=3)
     yield made
     made.close()
-
-
-@pytest.fixture
-def messages() -> Iterator[list[str]]:
-    """What fulmen logs, as it comes."""
-    texts: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage())
-
-    handler, level = Handler(), log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    yield texts
-    log.removeHandler(handler)
-    log.setLevel(level)
 
 
 def flip_byte(path: Path) -> None:

@@ -26,8 +26,8 @@ from typing import Any
 import pytest
 import torch
 from support.captioned import VIT_DATA, pairs, tiny_coca
+from support.kept import KeptBytes
 from support.tiny import compose_config
-from torch import Tensor
 
 from fulmen.models.coca import CaptionBlock
 from fulmen.models.config import MoEConfig
@@ -137,28 +137,7 @@ def test_a_forward_pass_keeps_what_is_predicted(
     config = replace(tiny_coca(), hidden_size=48, num_attention_heads=3)
     model = build_model(config, MoEConfig())
     init_model(model, config, 0)
-    sizes: dict[int, int] = {}
-    alive: list[Any] = []
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def count(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        alive.append(storage)  # so that no address comes twice
-        if storage._cdata not in own and x.is_floating_point():
-            sizes[storage._cdata] = storage.nbytes()
-        return x
-
-    def policy_of(keeps: Any, context: Any, op: Any, *args: Any, **options: Any) -> Any:
-        if keeps(op):
-            output = op(*args, **options)
-            for kept in output if isinstance(output, tuple) else (output,):
-                if isinstance(kept, Tensor) and kept.numel():
-                    count(kept)
-        return whole(keeps, context, op, *args, **options)
-
-    whole = checkpointing._policy
-    monkeypatch.setattr(checkpointing, "_policy", policy_of)
-    monkeypatch.setattr(checkpointing, "keep_here", lambda x: checkpointing.Kept(count(x)))
+    kept = KeptBytes(model, monkeypatch, lambda x: x.is_floating_point())
     blocks: list[Any] = [*model.vision_tower.layers, *model.layers]
     assert sum(isinstance(block, CaptionBlock) for block in blocks) == 3
     checkpointing.checkpoint_activations(
@@ -173,7 +152,7 @@ def test_a_forward_pass_keeps_what_is_predicted(
         labels=torch.ones(number, tokens, dtype=torch.int64),
         lengths=torch.full((number,), tokens),
     )
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with kept.watch():
         output = model(pixels, captions)
     assert output.caption_loss_sum.requires_grad
     assert config.vision is not None
@@ -184,6 +163,6 @@ def test_a_forward_pass_keeps_what_is_predicted(
         predicted += caption_block(config, number, with_class, 4, policy, sees)
     head = 4 * (number * tokens + config.vocab_size) * config.hidden_size
     # With pixels, which inputs hold, without ids and labels; class tokens are a row more.
-    measured = sum(sizes.values()) + pixels.nbytes - head
+    measured = kept.total + pixels.nbytes - head
     predicted -= 2 * 8 * number * tokens
     assert measured == pytest.approx(predicted, rel=0.005)

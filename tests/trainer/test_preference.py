@@ -211,7 +211,7 @@ def test_a_step_is_that_of_the_formula(trainer: Trainer, tmp_path: Path) -> None
     config = trainer.config
     trainer.objective.prepare(tmp_path, "these weights")
     start, policy = plain_model(config), plain_model(config)
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(5)
     for name, parameter in policy.named_parameters():
         noise = 0.02 * torch.randn(parameter.shape, generator=generator)
         trainer.engine.parameters[name].data.to_local().add_(noise)
@@ -242,7 +242,7 @@ def test_a_step_is_that_of_the_formula(trainer: Trainer, tmp_path: Path) -> None
     loss = torch.log1p(torch.exp(-torch.stack(margins))).mean()
     loss.backward()  # type: ignore[no-untyped-call]
     right = sum(bool(margin > 0) for margin in margins)
-    assert right > 0
+    assert 0 < right < len(pairs), "take another seed: the accuracy must not be trivial"
     expected = {
         "loss": loss,
         "reward_margin": torch.stack(margins).mean(),

@@ -1,8 +1,6 @@
 """Where a run begins: a text model, a tower of its own pretraining, the stage of another run."""
 
-import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import GroupConfig, RunConfig, StageConfig
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.manifest import CheckpointError
-from fulmen.trainer.run_log import log
 from fulmen.trainer.start import EYES
 from fulmen.trainer.weights import Piece, save_weights
 
@@ -98,23 +95,6 @@ def aligning(folders: dict[str, Path], **checkpoint: Any) -> RunConfig:
     for key, value in checkpoint.items():
         setattr(config.checkpoint, key, str(value))
     return config
-
-
-@pytest.fixture
-def messages() -> Iterator[list[str]]:
-    """What fulmen logs, as it comes."""
-    texts: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage())
-
-    handler, level = Handler(), log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    yield texts
-    log.removeHandler(handler)
-    log.setLevel(level)
 
 
 def test_alignment_changes_no_weight_of_the_language_model(

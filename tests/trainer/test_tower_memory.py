@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.kept import KeptBytes
 from support.tiny import tiny_config, tiny_model
-from torch import Tensor
 
 from fulmen.models.config import MoEConfig, VisionConfig
 from fulmen.models.image_layout import Tiling, image_layout, place_images
@@ -42,28 +42,7 @@ def test_the_tower_keeps_what_is_predicted(policy: str, monkeypatch: pytest.Monk
     config = vl_model()
     model = build_model(config, MoEConfig())
     init_model(model, config, 0)
-    sizes: dict[int, int] = {}
-    alive: list[Any] = []
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def count(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        alive.append(storage)  # so that no address comes twice
-        if storage._cdata not in own:
-            sizes[storage._cdata] = storage.nbytes()
-        return x
-
-    def policy_of(keeps: Any, context: Any, op: Any, *args: Any, **options: Any) -> Any:
-        if keeps(op):
-            output = op(*args, **options)
-            for kept in output if isinstance(output, tuple) else (output,):
-                if isinstance(kept, Tensor) and kept.numel():
-                    count(kept)
-        return whole(keeps, context, op, *args, **options)
-
-    whole = checkpointing._policy
-    monkeypatch.setattr(checkpointing, "_policy", policy_of)
-    monkeypatch.setattr(checkpointing, "keep_here", lambda x: checkpointing.Kept(count(x)))
+    kept = KeptBytes(model, monkeypatch)
     checkpointing.checkpoint_activations(
         [],
         list(model.vision_tower.layers),
@@ -82,11 +61,11 @@ def test_the_tower_keeps_what_is_predicted(policy: str, monkeypatch: pytest.Monk
         torch.from_numpy(places[:tokens].copy()),
         torch.from_numpy(sources[:tokens].copy()),
     )
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    with kept.watch():
         embedded = model.embed(torch.zeros(1, tokens, dtype=torch.int64), images)
     assert embedded.requires_grad
     # With pixels, which inputs hold, and without ids, which are counted with the text model.
-    measured = sum(sizes.values()) + 5 * 3 * 32 * 32 * 4 - 8 * tokens
+    measured = kept.total + 5 * 3 * 32 * 32 * 4 - 8 * tokens
     assert measured == pytest.approx(tower_activations(config, tokens, 4, policy), rel=0.002)
 
 
