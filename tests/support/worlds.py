@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
@@ -19,10 +20,18 @@ CONTEXT.set_forkserver_preload(["fulmen.trainer.run", "fulmen.launch.pretrain"])
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of this machine that nobody listens on.
+
+    Below those that the system deals out, of which another process may get it before it is used.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
