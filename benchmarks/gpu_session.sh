@@ -6,7 +6,7 @@
 #     bash benchmarks/gpu_session.sh long_hybrid prefill       # 8K to 1M and to 4M: nine minutes
 #     bash benchmarks/gpu_session.sh long_control              # softmax in every layer: nine minutes
 #     bash benchmarks/gpu_session.sh needles                   # what small models retrieve: five
-#     bash benchmarks/gpu_session.sh vision                    # vl01_1b on pictures: six minutes
+#     bash benchmarks/gpu_session.sh pictures vision           # vl01_1b on pictures: six minutes
 #
 # Without names it runs all of the first line, which takes about 25 minutes. Results go to the
 # folder $OUT; the exit status tells whether every stage went well. Wheels in .whl and prepared data
@@ -58,14 +58,18 @@ needles() {
 }
 long_control() { run long_control 560 "python3 benchmarks/long_steps.py 'kinds=[control]' budget_s=550 output=$out/long_control" 16; }
 
-vision() { # stage II of vl01_1b on pictures of 300 to 1,400 pixels: its speed, and whether the GPU waits for them
+pictures() { # of 300 to 1,400 pixels, for `vision`; work of the CPU alone
     local vl=/tmp/vl prepare="python3 launch/prepare_images.py num_workers=${WORKERS:-16} validation_fraction=0.01"
-    run vision_tests 120 "$pytest tests/models/test_vision_gpu.py tests/models/test_coca_gpu.py tests/trainer/test_gpu.py" 8
-    run preflight 60 "python3 launch/preflight.py" 12
     run pictures 200 "
         python3 launch/make_images.py output=$vl/made captions=0 conversations=${PICTURES:-3000} texts=300 pairs=0 held_out=20 width=[300,1400] height=[300,1400]
         $prepare input=$vl/made/conversations output=$vl/instructions vocab_size=600
         $prepare input=$vl/made/texts output=$vl/texts tokenizer=$vl/instructions" 4
+}
+vision() { # stage II of vl01_1b on pictures: its speed, and whether the GPU waits for them
+    local vl=/tmp/vl
+    run vision_tests 120 "$pytest tests/models/test_vision_gpu.py tests/models/test_coca_gpu.py tests/trainer/test_gpu.py" 8
+    run preflight 60 "python3 launch/preflight.py" 12
+    [ -d $vl/texts ] || pictures
     run vl01_1b 200 "python3 launch/pretrain.py recipe=vl01_1b run_root=/tmp/runs run_id=gpu '~stages.alignment' '~stages.experience' '~stages.preference' '~data.sources.descriptions' '~data.sources.experience' '~data.sources.image_pairs' '~data.sources.text_pairs' data.sources.instructions.path=$vl/instructions data.sources.texts.path=$vl/texts model.vision.image_token_id=1 trainer.max_steps=${STEPS:-25} log.every_steps=1 evaluation.every_steps=null evaluation.reading.every_steps=null checkpoint.every_steps=null ${VL_KEYS:-}
         cp /tmp/runs/vl01_1b/gpu/metrics.jsonl $out/vl01_1b.jsonl; python3 benchmarks/run_speed.py /tmp/runs/vl01_1b/gpu" 12
 }
