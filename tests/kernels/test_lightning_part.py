@@ -387,8 +387,7 @@ def test_a_fast_head_reads_the_last_pieces_alone() -> None:
 
 @pytest.mark.slow
 @compiles_only
-@pytest.mark.parametrize("piece_tokens", [0, 64])
-@pytest.mark.parametrize("lengths", [[256], [100, 156]])
+@pytest.mark.parametrize(("lengths", "piece_tokens"), [([256], 64), ([100, 156], 0)])
 def test_parts_keep_the_pipeline(
     lengths: list[int], piece_tokens: int, compiled_for_hopper: list[tuple[str, Any]]
 ) -> None:
