@@ -52,6 +52,10 @@ class Optimizer:
             parameter.grad = gradient.to_local()
         self._optimizer.step()
         self._steps = {name: steps + 1 for name, steps in self._steps.items()}
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients; without an update before, nothing else has changed."""
         for name, parameter in self._local.items():
             parameter.grad = self._sharded[name].grad = None
 
