@@ -1,44 +1,57 @@
 """Whether ranks that should hold the same bits do.
 
-Which ranks these are follows from the tensors as they are: all that have the same place on every
-mesh axis along which a tensor is split. In ZeRO stage 0 that is every rank for a dense parameter
-and its moments, and the edp ranks for experts that ep or etp spread. From stage 1 on every rank has
-a part of its own, and there is nothing to compare. What the host keeps (step, data, updates made)
-has to be the same on all ranks in any case.
+There are three kinds of copies. *Kept* are weights and moments that no mesh axis splits between
+two ranks: in ZeRO stage 0 all ranks hold the same dense ones, and the edp ranks the same experts
+where ep or etp spread these. *Gathered* are those of stages 1 to 3, in which a rank keeps a part of
+its own but computes with the whole: each unit is gathered as for a step, and the copies are
+compared. And what the host keeps (step, data, updates made) has to be the same on all ranks.
+Which ranks hold what follows from the tensors and their meshes as they are.
 
-Of each tensor a rank sums up its words on the device; one reduction for each group of replicas and
+Each rank sums up the words of its copies on the device; one reduction for each group of ranks and
 one over all ranks tell whether all sums are equal. Only where they are not is more exchanged, to
 say whose is which.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.audit import EXPERT_AXES
 from fulmen.parallel.progress import exchange
 from fulmen.parallel.rendezvous import name_ranks
-from fulmen.parallel.zero import local_part
+from fulmen.parallel.zero import ZeroEngine, local_part
 
 BLOCK = 2**22
 """Words that are summed at a time: their products take 8 bytes each."""
-Holders = tuple[int, ...]
-"""Ranks, in their order."""
+HOST = "step, data or updates made"
+
+
+class Copy(NamedTuple):
+    """What this rank has of a tensor."""
+
+    name: str
+    ranks: tuple[int, ...]
+    """Those that have to have the same."""
+    group: dist.ProcessGroup
+    """Of these ranks."""
+    total: Tensor
+    """Its checksum."""
 
 
 def checksum(x: Tensor) -> Tensor:
-    """Sum of x's 32-bit words times odd numbers that rise by place, modulo 2^64.
+    """Sum of x's words times odd numbers that rise by place, modulo 2^64.
 
     Of one changed bit always another, of two equal values that changed places too; the order in
     which a device sums does not matter.
     """
-    assert x.element_size() == 4
-    words = x.detach().contiguous().view(-1).view(torch.int32)
+    words = x.detach().contiguous().view(-1)
+    words = words.view({2: torch.int16, 4: torch.int32}[x.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for start in range(0, words.numel(), BLOCK):
         block = words[start : start + BLOCK]
@@ -47,56 +60,42 @@ def checksum(x: Tensor) -> Tensor:
     return total
 
 
-def holders(tensor: DTensor) -> Holders:
-    """The ranks that hold the same part of a tensor as this one."""
-    ranks, place = tensor.device_mesh.mesh, tensor.device_mesh.get_coordinate()
-    assert place is not None
-    for dim in reversed(range(ranks.ndim)):
-        if not tensor.placements[dim].is_replicate():
-            ranks = ranks.select(dim, place[dim])
-    return tuple(ranks.flatten().tolist())
-
-
 def replicated(tensors: Mapping[str, DTensor]) -> dict[str, DTensor]:
-    """Those of which another rank holds the same part."""
-    return {name: one for name, one in tensors.items() if len(holders(one)) > 1}
+    """Those of which another rank keeps the same part."""
+    return {name: one for name, one in tensors.items() if _copy_axes(one, gathered=False)}
 
 
-@torch.no_grad()
-def find_difference(tensors: Mapping[str, DTensor], host: int, mesh: Mesh) -> str | None:
-    """Which ranks differ in what, or None; the same on all ranks, which all call it.
+def find_difference(kept: Mapping[str, DTensor], host: int, engine: ZeroEngine) -> str | None:
+    """Which ranks differ in what, or None; the same on all ranks, which all call it between steps.
 
-    `tensors` are `replicated` ones, of the same names everywhere, in the same order; `host` is a
+    `kept` are `replicated` tensors, of the same names everywhere, in the same order; `host` is a
     hash of what the host keeps, below 2^63. Waits for the device.
     """
-    sums = {name: checksum(local_part(one)) for name, one in tensors.items()}
-    groups: dict[dist.ProcessGroup, list[str]] = {}
-    for name, one in tensors.items():
-        groups.setdefault(_group(one), []).append(name)
-    differs = torch.zeros((), dtype=torch.bool, device=mesh.device)
-    with exchange("checksums of replicas"):
-        for group, names in groups.items():
-            differs |= _differ(torch.stack([sums[name] for name in names]), group)
+    mesh = engine.mesh
+    with exchange("checksums of replicas"), torch.no_grad():
+        copies = [_copy(name, one, local_part(one), gathered=False) for name, one in kept.items()]
+        copies += _gathered(engine)
+        groups: dict[dist.ProcessGroup, list[Tensor]] = {}
+        for copy in copies:
+            groups.setdefault(copy.group, []).append(copy.total)
         # That one group has found something has to be known to all ranks.
         own = torch.tensor([host, 0], device=mesh.device)
-        own[1] = differs
-        if not bool(_differ(own, mesh.shard.get_group()) | differs):
+        for group, totals in groups.items():
+            own[1] += _differ(torch.stack(totals), group)
+        if not bool(_differ(own, mesh.shard.get_group()) | (own[1] > 0)):
             return None
-    values = {name: (holders(tensors[name]), int(total)) for name, total in sums.items()}
+    values = {copy.name: (copy.ranks, int(copy.total)) for copy in copies}
     found: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(found, (host, values))
+    dist.all_gather_object(found, {HOST: (tuple(range(mesh.world_size)), host), **values})
     return describe(found)
 
 
-def describe(found: list[tuple[int, dict[str, tuple[Holders, int]]]]) -> str:
-    """In words, from every rank's hash of its host and its tensors' holders and checksums."""
-    hosts = {rank: host for rank, (host, _) in enumerate(found)}
+def describe(found: list[dict[str, tuple[tuple[int, ...], int]]]) -> str:
+    """In words, from each rank's (ranks that have to have the same, checksum) by name."""
     told: dict[str, list[str]] = {}
-    if len(set(hosts.values())) > 1:
-        told[_who(hosts)] = ["step, data or updates made"]
-    for rank, (_, values) in enumerate(found):
+    for rank, values in enumerate(found):
         for name, (ranks, _) in values.items():
-            sums = {one: found[one][1][name][1] for one in ranks}
+            sums = {one: found[one][name][1] for one in ranks}
             if rank == ranks[0] and len(set(sums.values())) > 1:
                 told.setdefault(_who(sums), []).append(name)
     texts = []
@@ -106,14 +105,61 @@ def describe(found: list[tuple[int, dict[str, tuple[Holders, int]]]]) -> str:
     return "; ".join(texts)
 
 
-def _who(values: dict[int, int]) -> str:
+def _who(sums: Mapping[int, int]) -> str:
     """Who differs from most, by rank."""
-    ((common, number), *_) = Counter(values.values()).most_common()
-    if 2 * number <= len(values):
-        return f"{name_ranks(values)} differ, with no majority,"
-    alike = [rank for rank, value in values.items() if value == common]
-    others = [rank for rank in values if rank not in alike]
+    ((common, number), *_) = Counter(sums.values()).most_common()
+    if 2 * number <= len(sums):
+        return f"{name_ranks(sums)} differ, with no majority,"
+    alike = [rank for rank, total in sums.items() if total == common]
+    others = [rank for rank in sums if rank not in alike]
     return f"{name_ranks(others)} differs from {name_ranks(alike)}"
+
+
+def _gathered(engine: ZeroEngine) -> Iterator[Copy]:
+    """Weights as ranks compute with them, a unit at a time, where they keep parts of them."""
+    modules = dict(engine.model.named_modules())
+    units: dict[nn.Module, list[str]] = {unit: [] for unit in engine.stages}
+    for name, kept in engine.parameters.items():
+        owner = name.rpartition(".")[0]
+        while modules[owner] not in units:
+            owner = owner.rpartition(".")[0]
+        unit = modules[owner]
+        if engine.stages[unit] > 0 and _copy_axes(kept, gathered=True):
+            units[unit].append(name)
+    for unit, names in units.items():
+        if names:
+            assert isinstance(unit, FSDPModule)
+            unit.unshard()
+            for name in names:
+                whole = engine.model.get_parameter(name)
+                local = local_part(whole) if isinstance(whole, DTensor) else whole
+                yield _copy(f"gathered {name}", engine.parameters[name], local, gathered=True)
+            unit.reshard()
+
+
+def _copy(name: str, kept: DTensor, local: Tensor, *, gathered: bool) -> Copy:
+    mesh, axes = kept.device_mesh, _copy_axes(kept, gathered=gathered)
+    ranks, place = mesh.mesh, mesh.get_coordinate()
+    assert place is not None
+    assert len(axes) == 1, "one axis of copies, as parallel/zero.py makes them"
+    for axis in reversed(range(ranks.ndim)):
+        if axis not in axes:
+            ranks = ranks.select(axis, place[axis])
+    return Copy(name, tuple(ranks.tolist()), mesh.get_group(axes[0]), checksum(local))
+
+
+def _copy_axes(kept: DTensor, *, gathered: bool) -> list[int]:
+    """The mesh's axes, of more than one rank, along which the same is held."""
+    mesh = kept.device_mesh
+    assert mesh.mesh_dim_names is not None
+    return [
+        axis
+        for axis, (name, placement) in enumerate(
+            zip(mesh.mesh_dim_names, kept.placements, strict=True)
+        )
+        if mesh.size(axis) > 1
+        and (placement.is_replicate() or (gathered and name not in EXPERT_AXES))
+    ]
 
 
 def _differ(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -122,14 +168,3 @@ def _differ(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     highest, lowest = extremes[: len(values)], ~extremes[len(values) :]
     return (highest != lowest).any()
-
-
-def _group(tensor: DTensor) -> dist.ProcessGroup:
-    mesh = tensor.device_mesh
-    dims = [
-        dim
-        for dim, placement in enumerate(tensor.placements)
-        if placement.is_replicate() and mesh.size(dim) > 1
-    ]
-    assert len(dims) == 1, "one axis of copies, as parallel/zero.py makes them"
-    return mesh.get_group(dims[0])

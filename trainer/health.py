@@ -75,7 +75,7 @@ class Health:
         """To a checkpoint of a step below this."""
         self._compared: int | None = None
         self._news: list[str] = []
-        self._shared = replicated(trained_tensors(engine, optimizer)) if config.enabled else {}
+        self._replicated = replicated(trained_tensors(engine, optimizer))
         if config.enabled:
             self._announce()
 
@@ -119,7 +119,7 @@ class Health:
         phase("replicas")
         text = json.dumps(host, sort_keys=True).encode()
         digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
-        fault = find_difference(self._shared, digest, self._engine.mesh)
+        fault = find_difference(self._replicated, digest, self._engine)
         if fault is None:
             return
         fault = f"replicas are not the same after step {step}: {fault}"
@@ -237,7 +237,8 @@ class Health:
     def _announce(self) -> None:
         every = self._config.replicas_every_steps
         log.info(
-            "weights and moments held by more than one rank: %d tensors, compared %s",
-            len(self._shared),
+            "replicas are compared %s: the weights that ranks gather, and %d weights and moments "
+            "that more than one of them keeps",
             "before each save" if every is None else f"every {every} steps and before each save",
+            len(self._replicated),
         )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fulmen.parallel.zero import ZeroEngine, local_part
@@ -86,7 +86,7 @@ class Optimizer:
             done = torch.tensor(float(self._steps[name]), device=parameter.device)
             self._optimizer.state[parameter] = self._moments[name] | {"step": done}
 
-    def named_moments(self) -> Iterator[tuple[str, Tensor]]:
+    def named_moments(self) -> Iterator[tuple[str, DTensor]]:
         """`exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, sharded like the parameter."""
         for name in self._local:
             like = self._sharded[name]

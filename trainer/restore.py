@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -17,7 +17,7 @@ from fulmen.trainer.weights import PREFIX
 
 def trained_tensors(engine: ZeroEngine, optimizer: Optimizer) -> dict[str, DTensor]:
     """Weights as `model.<parameter>` and moments, sharded as they are; they share memory."""
-    weights = {PREFIX + name: one.detach() for name, one in engine.parameters.items()}
+    weights = {PREFIX + name: cast(DTensor, p.detach()) for name, p in engine.parameters.items()}
     return weights | dict(optimizer.named_moments())
 
 
