@@ -67,6 +67,25 @@ def poison(trainer: Trainer, factors: Mapping[int, float], rank: int) -> None:
     trainer.objective.loss = loss  # type: ignore[method-assign]
 
 
+def flip_bit(tensor: Tensor, index: int, bit: int) -> None:
+    """Of one fp32 number, in place."""
+    words = tensor.detach().view(-1).view(torch.int32)
+    words[index] ^= 1 << bit
+
+
+def flip_after(trainer: Trainer, step: int, name: str, rank: int, bit: int) -> None:
+    """Flip a bit of a weight or moment on one rank, once this step's update is made."""
+    inner = trainer.train_step
+
+    def train_step(batch: Any) -> Any:
+        result = inner(batch)
+        if trainer.step + 1 == step and trainer.mesh.rank == rank:
+            flip_bit(trainer._tensors()[name].to_local(), 7, bit)
+        return result
+
+    trainer.train_step = train_step  # type: ignore[method-assign]
+
+
 def open_run(device: torch.device, config: RunConfig, folder: Path) -> Trainer:
     folder.mkdir(exist_ok=True)
     return Trainer(config, build_mesh(config.parallel, device), folder)
@@ -170,8 +189,9 @@ def bad_runs(device: torch.device, data: Path, root: Path) -> dict[str, Any]:
     """One world of two ranks: all that may happen, and what should have."""
     found: dict[str, Any] = {}
     clean, _ = train(device, config_of(data), root / "clean", {})
-    off, _ = train(device, config_of(data, enabled=False), root / "off", {})
-    found["the same without bad steps"] = same(clean, off)
+    found["the same without bad steps"] = same(
+        clean, by_hand(device, config_of(data), root / "off", set(), {})
+    )
 
     few = {6: NAN, 9: SPIKE}
     skips, state = train(device, config_of(data, max_skips=2), root / "skips", few)
@@ -189,6 +209,7 @@ def bad_runs(device: torch.device, data: Path, root: Path) -> dict[str, Any]:
     killed, state = train(device, config_of(data), root / "killed", BAD, crashes=crashes)
     found["killed as undisturbed"] = same(killed, back), state["health"] == found["state"]
 
+    found |= flipped_runs(device, data, root)
     cases = {
         "no way back left": ({"max_rewinds": 1}, BAD),
         "nothing to go back to": ({}, {1: NAN, 2: NAN}),
@@ -197,6 +218,26 @@ def bad_runs(device: torch.device, data: Path, root: Path) -> dict[str, Any]:
         name: refused(device, config_of(data, **health), root / name, factors)
         for name, (health, factors) in cases.items()
     }
+    return found
+
+
+def flipped_runs(device: torch.device, data: Path, root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, action in (("stopped", "stop"), ("repaired", "rewind")):
+        config = config_of(data, steps=8, on_disagreement=action, replicas_every_steps=3)
+        config.parallel.zero_stage, config.evaluation.every_steps = 0, 2
+        trainer = open_run(device, config, root / name)
+        # Seen at step 6, with the save of step 4 the last one before.
+        flip_after(trainer, 5, "exp_avg.norm.weight", rank=1, bit=3)
+        try:
+            trainer.fit()
+        except HealthError as error:
+            found[name] = str(error)
+        trainer.close()
+    config = config_of(data, steps=8)
+    config.parallel.zero_stage = 0
+    wanted = by_hand(device, config, root / "repaired by hand", set(), {6: 4})
+    found["repaired as by hand"] = same(local_copies(trainer), wanted)
     return found
 
 
@@ -271,6 +312,21 @@ def test_without_a_way_out_the_run_stops_and_says_why(outcome: dict[str, Any]) -
     assert "no checkpoint of this stage from before step 1" in errors["nothing to go back to"]
 
 
+@pytest.mark.slow
+def test_a_flipped_bit_stops_the_run_or_is_repaired(outcome: dict[str, Any]) -> None:
+    assert outcome["stopped"].startswith(
+        "replicas are not the same after step 6: ranks 0-1 differ, with no majority, in "
+        "exp_avg.norm.weight"
+    )
+    assert "repaired" not in outcome  # it went on
+    assert outcome["repaired as by hand"]
+    folders = {name: outcome["root"] / name / "checkpoints" for name in ("stopped", "repaired")}
+    assert not (folders["stopped"] / "step_6").exists()
+    (row,) = (row for row in rows_of(outcome["root"] / "repaired") if row.get("health"))
+    assert (row["step"], row["skipped"], row["rewinds"]) == (6, 0, 1)
+    assert row["health"].endswith("; back to step_4, 2 steps of training are lost")
+
+
 # ---- stages ----
 
 
@@ -321,10 +377,11 @@ def test_a_stage_goes_back_to_its_start_and_no_further(
 # ---- the final loss ----
 
 
-def long_config(data: Path, seed: int = 3, **health: Any) -> RunConfig:
+def long_config(data: Path, seed: int = 3, *, saves: bool = True, **health: Any) -> RunConfig:
     """A run that has learnt by its end what there is to learn in so little data."""
     config = config_of(data, steps=40, max_skips=2, **health)
-    config.seed, config.optim.lr, config.checkpoint.every_steps = seed, 0.02, 5
+    config.seed, config.optim.lr = seed, 0.02
+    config.checkpoint.every_steps = 5 if saves else None
     config.schedule.phases = [
         PhaseConfig(tokens=1700, lr_factor=1.0),
         PhaseConfig(tokens=5000, lr_factor=0.05, decay="exponential"),
@@ -344,25 +401,6 @@ def final_loss(
     return read_metrics(folder / "metrics.jsonl")[-1]["eval_loss/text"]
 
 
-def flip_bit(tensor: Tensor, index: int, bit: int) -> None:
-    """Of one fp32 number, in place."""
-    words = tensor.detach().view(-1).view(torch.int32)
-    words[index] ^= 1 << bit
-
-
-def flip_after(trainer: Trainer, step: int, name: str, rank: int, bit: int) -> None:
-    """Flip a bit of a weight or moment on one rank, once this step's update is made."""
-    inner = trainer.train_step
-
-    def train_step(batch: Any) -> Any:
-        result = inner(batch)
-        if trainer.step + 1 == step and trainer.mesh.rank == rank:
-            flip_bit(trainer._tensors()[name].to_local(), 7, bit)
-        return result
-
-    trainer.train_step = train_step  # type: ignore[method-assign]
-
-
 def loss_with_a_flipped_bit(device: torch.device, config: RunConfig, folder: Path) -> float:
     config.evaluation.every_steps = config.trainer.max_steps
     trainer = open_run(device, config, folder)
@@ -379,7 +417,7 @@ def test_the_final_loss_is_that_of_a_clean_run_within_noise(
 ) -> None:
     """Noise: the standard deviation of the final held-out loss over seeds."""
     clean, *others = (
-        final_loss(one_rank, long_config(tiny_data, seed), tmp_path / f"seed {seed}", {})
+        final_loss(one_rank, long_config(tiny_data, seed, saves=False), tmp_path / str(seed), {})
         for seed in (3, 4, 5, 6)
     )
     noise = statistics.stdev([clean, *others])
