@@ -2,10 +2,12 @@
 
 A step is judged between its gradient and its update, by the gradient's norm and the loss, both
 summed over all ranks in one reduction: every rank sees the same numbers and decides alike. A step
-that is not finite or a spike updates nothing; its data and tokens count as drawn. More than
-`health.max_skips` of them in a window, and weights, moments and counts of updates are taken from
-the newest checkpoint that is older than the first of them. Steps, tokens and data go on from where
-they are: what was drawn in between is not drawn again.
+that is not finite or a spike updates nothing; its data and tokens count as drawn. The device itself
+decides, by limits from the steps before, and the host reads it behind the launch of the update.
+
+More than `health.max_skips` of them in a window, and weights, moments and counts of updates are
+taken from the newest checkpoint that is older than the first of them. Steps, tokens and data go on
+from where they are: what was drawn in between is not drawn again.
 
 All that a decision depends on is in the checkpoint, so a run that was killed decides the same
 again. Checkpoints written between the first bad step and the way back are still good to go on from
@@ -69,6 +71,9 @@ class Health:
             self._remember(state)
             self._bad = list(state.get("bad", []))
         self._is_bad = False
+        self._seen = torch.zeros(3)
+        """Norm, loss and flag of the step, on the host once `_arrived`."""
+        self._arrived: torch.cuda.Event | None = None
         self._reason: str | None = None
         """Why the run has to go back now."""
         self._limit = 0
@@ -79,23 +84,47 @@ class Health:
         if config.enabled:
             self._announce()
 
-    def judge(self, step: int, grad_norm: Tensor, loss: Tensor, digest: str) -> bool:
-        """Whether the step of this number may update the weights; waits for the device.
+    def flag(self, grad_norm: Tensor, loss: Tensor) -> Tensor | None:
+        """Whether the step must update nothing, a scalar on the device; None = not judged.
 
         The norm is that of `ZeroEngine.clip_grad_norm`, before clipping; the loss what went
-        backward, over all ranks; `digest` names the batch in the log.
+        backward, over all ranks. Does not wait for the device.
+        """
+        if not self._config.enabled:
+            return None
+        norm, loss = grad_norm.double(), loss.double()
+        most_norm, most_loss = self._limits()
+        bad = ~(torch.isfinite(norm + loss) & (norm <= most_norm) & (loss <= most_loss))
+        seen = torch.stack([norm, loss, bad.double()])
+        self._seen = seen
+        if seen.is_cuda:
+            self._seen = torch.empty(3, dtype=seen.dtype, pin_memory=True)
+            self._seen.copy_(seen, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        return bad
+
+    def judge(self, step: int, digest: str) -> None:
+        """Learn what `flag` said of the step of this number; waits for its gradients.
+
+        By then the device has the update to make, so it is not kept waiting. `digest` names the
+        batch in the log.
         """
         config = self._config
         if not config.enabled:
-            return True
-        values = torch.stack([grad_norm.double(), loss.double()]).tolist()
-        fault = self._fault(*values)
+            return
+        phase("judgement")
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        norm, loss, bad = self._seen.tolist()
+        fault = self._fault(norm, loss) if bad else None
         self._bad = [one for one in self._bad if one > step - config.window]
         self._is_bad = fault is not None
         if fault is None:
-            for seen, value in zip((self._norms, self._losses), values, strict=True):
-                seen.append(value)
-            return True
+            self._norms.append(norm)
+            self._losses.append(loss)
+            return
+        self._optimizer.uncount()
         self._bad.append(step)
         count = f"{len(self._bad)} of the last {config.window} steps, {config.max_skips} may be"
         self._tell(f"skipped: {fault}; batch {digest}; {count}", step)
@@ -105,7 +134,6 @@ class Health:
                 f"health.max_skips={config.max_skips}"
             )
             self._limit = self._bad[0]
-        return False
 
     def compare_replicas(self, step: int, host: Mapping[str, Any]) -> None:
         """Whether all ranks have the same bits where they should, once after a step.
@@ -208,21 +236,22 @@ class Health:
         self._norms.extend(state.get("norms", []))
         self._losses.extend(state.get("losses", []))
 
-    def _fault(self, norm: float, loss: float) -> str | None:
-        for name, value in (("gradient norm", norm), ("loss", loss)):
-            if not math.isfinite(value):
-                return f"its {name} is {value}"
-        factor, count = self._config.spike_factor, len(self._norms)
-        if factor is None or count < min(LEAST, self._config.window):
-            return None
-        for name, value, limit in (
-            ("gradient norm", norm, highest_norm(self._norms, factor)),
-            ("loss", loss, highest_loss(self._losses, factor)),
-        ):
-            if value > limit:
-                seen = f"the limit that the last {count} good steps set"
-                return f"its {name} is {value:.4g}, above {limit:.4g}, {seen}"
-        return None
+    def _limits(self) -> tuple[float, float]:
+        """Of the norm and of the loss."""
+        factor = self._config.spike_factor
+        if factor is None or len(self._norms) < min(LEAST, self._config.window):
+            return math.inf, math.inf
+        return highest_norm(self._norms, factor), highest_loss(self._losses, factor)
+
+    def _fault(self, norm: float, loss: float) -> str:
+        most_norm, most_loss = self._limits()
+        name, value, limit = "loss", loss, most_loss
+        if not (math.isfinite(norm) and norm <= most_norm):
+            name, value, limit = "gradient norm", norm, most_norm
+        if not math.isfinite(value):
+            return f"its {name} is {value}"
+        seen = f"the limit that the last {len(self._norms)} good steps set"
+        return f"its {name} is {value:.4g}, above {limit:.4g}, {seen}"
 
     def _usable(self, before: int) -> Callable[[int], bool]:
         first, left = self._first_step, list(self._left)

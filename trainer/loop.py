@@ -141,6 +141,7 @@ class Trainer:
                 grad_norm, lr = self.train_step(batch)
                 self.step += 1
                 self.tokens += batch.num_tokens
+                self.health.judge(self.step, batch.digest)
                 self._throughput.add_step(
                     num_tokens=batch.num_tokens,
                     sum_squared_lengths=batch.sum_squared_lengths,
@@ -203,10 +204,7 @@ class Trainer:
         lr = self.stage.learning_rate(
             step=self.step, tokens=self.tokens, first_step=self.start.first_step
         )
-        if self.health.judge(self.step + 1, grad_norm, total, batch.digest):
-            self.optimizer.step(lr)
-        else:
-            self.optimizer.drop_gradients()
+        self.optimizer.step(lr, skip=self.health.flag(grad_norm, total))
         return grad_norm, lr
 
     @property

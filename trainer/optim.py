@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fulmen.parallel.zero import ZeroEngine, local_part
@@ -42,22 +42,31 @@ class Optimizer:
         }
         self.set_steps({})
 
-    def step(self, learning_rate: float) -> None:
-        """Update the parameters from their gradients, and drop the gradients."""
+    def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
+        """Update the parameters from their gradients, and drop the gradients.
+
+        Where `skip`, a scalar on the device, is true, nothing is updated, which the host need not
+        know before: call `uncount` once it does. NVIDIA apex waits for the device.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_factor"]
         for name, parameter in self._local.items():
             gradient = self._sharded[name].grad
             assert isinstance(gradient, DTensor)
             parameter.grad = gradient.to_local()
-        self._optimizer.step()
+        if self._config.name == "adamw":
+            # As torch skips what overflowed in fp16: the kernels look at the flag.
+            self._optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
+            self._optimizer.step()
+        elif skip is None or not bool(skip):
+            self._optimizer.step()
         self._steps = {name: steps + 1 for name, steps in self._steps.items()}
-        self.drop_gradients()
-
-    def drop_gradients(self) -> None:
-        """Forget the gradients; without an update before, nothing else has changed."""
         for name, parameter in self._local.items():
             parameter.grad = self._sharded[name].grad = None
+
+    def uncount(self) -> None:
+        """The last step was skipped."""
+        self._steps = {name: steps - 1 for name, steps in self._steps.items()}
 
     @property
     def steps(self) -> dict[str, int]:
