@@ -215,7 +215,7 @@ def bad_runs(device: torch.device, data: Path, root: Path) -> dict[str, Any]:
 
     found |= flipped_runs(device, data, root)
     cases = {
-        "no way back left": ({"max_rewinds": 1}, BAD),
+        "no way back left": ({"max_rewinds": 0}, {3: NAN, 4: NAN}),
         "nothing to go back to": ({}, {1: NAN, 2: NAN}),
     }
     found["errors"] = {
@@ -312,8 +312,8 @@ def test_a_run_that_is_killed_does_the_same(outcome: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_without_a_way_out_the_run_stops_and_says_why(outcome: dict[str, Any]) -> None:
     errors = outcome["errors"]
-    assert "gone back 1 times, which is health.max_rewinds" in errors["no way back left"]
-    assert errors["no way back left"].startswith("2 bad steps since step 10")
+    assert "gone back 0 times, which is health.max_rewinds" in errors["no way back left"]
+    assert errors["no way back left"].startswith("2 bad steps since step 3")
     assert "no checkpoint of this stage from before step 1" in errors["nothing to go back to"]
 
 
@@ -428,9 +428,8 @@ def test_the_final_loss_is_that_of_a_clean_run_within_noise(
     noise = statistics.stdev([clean, *others])
     assert noise < 0.02 * clean  # of what is learnt
     cases = {
-        "nan": {20: NAN},
-        "spike": {18: 1000.0},
-        "both, and back": {26: NAN, 27: 1000.0, 28: NAN},
+        "skips": {18: NAN, 22: 1000.0},
+        "back": {26: NAN, 27: 1000.0, 28: NAN},
     }
     for name, factors in cases.items():
         loss = final_loss(one_rank, long_config(tiny_data), tmp_path / name, factors)
