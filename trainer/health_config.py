@@ -11,10 +11,10 @@ class HealthConfig:
 
     enabled: bool = True
     """false = none of this: a gradient norm that is not finite stops the run."""
-    spike_factor: float | None = 10.0
-    """A step is bad whose gradient norm is above so many times the median of good steps, or whose
-    loss is above their median by so many median absolute deviations; null = only what is not
-    finite."""
+    spike_factor: float | None = None
+    """A step is bad too whose gradient norm is above so many times the median of good steps, or
+    whose loss is above their median by so many median absolute deviations, of at least 1 % of it;
+    null = only a step that is not finite."""
     window: int = 100
     """Good steps that medians are taken over, and steps in which bad ones are counted."""
     max_skips: int = 5
