@@ -49,7 +49,7 @@ def config_of(data: Path, *, steps: int = STEPS, **health: Any) -> RunConfig:
     config.log.every_steps = 5
     config.data.global_batch_tokens = 128
     config.checkpoint.every_steps, config.checkpoint.keep = 2, 2
-    config.health = HealthConfig(True, 10.0, window=4, max_skips=1, replicas_every_steps=4)
+    config.health = HealthConfig(spike_factor=10.0, window=4, max_skips=1, replicas_every_steps=4)
     for key, value in health.items():
         setattr(config.health, key, value)
     return config
