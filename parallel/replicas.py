@@ -14,11 +14,13 @@ say whose is which.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -32,16 +34,27 @@ BLOCK = 2**22
 HOST = "step, data or updates made"
 
 
+MOST_TOLD = 20
+"""Tensors in which a group of ranks differs that are looked at one by one."""
+
+
 class Copy(NamedTuple):
-    """What this rank has of a tensor."""
+    """What this rank has of a tensor that others have too."""
 
     name: str
-    ranks: tuple[int, ...]
-    """Those that have to have the same."""
-    group: dist.ProcessGroup
-    """Of these ranks."""
+    mesh: DeviceMesh
+    axis: int
+    """Of the mesh, along which ranks have the same."""
     total: Tensor
     """Its checksum."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Those that have to have the same."""
+        place = self.mesh.get_coordinate()
+        assert place is not None
+        others = (*place[: self.axis], *place[self.axis + 1 :])
+        return tuple(self.mesh.mesh.movedim(self.axis, -1)[others].tolist())
 
 
 def checksum(x: Tensor) -> Tensor:
@@ -73,20 +86,26 @@ def find_difference(kept: Mapping[str, DTensor], host: int, engine: ZeroEngine) 
     """
     mesh = engine.mesh
     with exchange("checksums of replicas"), torch.no_grad():
-        copies = [_copy(name, one, local_part(one), gathered=False) for name, one in kept.items()]
-        copies += _gathered(engine)
-        groups: dict[dist.ProcessGroup, list[Tensor]] = {}
-        for copy in copies:
-            groups.setdefault(copy.group, []).append(copy.total)
+        groups: dict[dist.ProcessGroup, list[Copy]] = {}
+        for copy in chain(_kept(kept), _gathered(engine)):
+            groups.setdefault(copy.mesh.get_group(copy.axis), []).append(copy)
+        differ = {
+            group: _differ(torch.stack([copy.total for copy in copies]), group)
+            for group, copies in groups.items()
+        }
         # That one group has found something has to be known to all ranks.
         own = torch.tensor([host, 0], device=mesh.device)
-        for group, totals in groups.items():
-            own[1] += _differ(torch.stack(totals), group)
-        if not bool(_differ(own, mesh.shard.get_group()) | (own[1] > 0)):
+        for one in differ.values():
+            own[1] += one.any()
+        if not bool(_differ(own, mesh.shard.get_group()).any() | (own[1] > 0)):
             return None
-    values = {copy.name: (copy.ranks, int(copy.total)) for copy in copies}
+    values = {HOST: (tuple(range(mesh.world_size)), host)}
+    for group, copies in groups.items():
+        places = differ[group].nonzero().flatten().tolist()
+        told = [copies[place] for place in places[:MOST_TOLD]]
+        values |= {copy.name: (copy.ranks, int(copy.total)) for copy in told}
     found: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(found, {HOST: (tuple(range(mesh.world_size)), host), **values})
+    dist.all_gather_object(found, values)
     return describe(found)
 
 
@@ -95,9 +114,10 @@ def describe(found: list[dict[str, tuple[tuple[int, ...], int]]]) -> str:
     told: dict[str, list[str]] = {}
     for rank, values in enumerate(found):
         for name, (ranks, _) in values.items():
-            sums = {one: found[one][name][1] for one in ranks}
-            if rank == ranks[0] and len(set(sums.values())) > 1:
-                told.setdefault(_who(sums), []).append(name)
+            if rank == ranks[0]:
+                sums = {one: found[one][name][1] for one in ranks}
+                if len(set(sums.values())) > 1:
+                    told.setdefault(_who(sums), []).append(name)
     texts = []
     for who, names in told.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -115,37 +135,33 @@ def _who(sums: Mapping[int, int]) -> str:
     return f"{name_ranks(others)} differs from {name_ranks(alike)}"
 
 
+def _kept(tensors: Mapping[str, DTensor]) -> Iterator[Copy]:
+    for name, tensor in tensors.items():
+        (axis,) = _copy_axes(tensor, gathered=False)  # as parallel/zero.py makes them
+        yield Copy(name, tensor.device_mesh, axis, checksum(local_part(tensor)))
+
+
 def _gathered(engine: ZeroEngine) -> Iterator[Copy]:
     """Weights as ranks compute with them, a unit at a time, where they keep parts of them."""
     modules = dict(engine.model.named_modules())
-    units: dict[nn.Module, list[str]] = {unit: [] for unit in engine.stages}
+    units: dict[nn.Module, dict[str, int]] = {unit: {} for unit in engine.stages}
     for name, kept in engine.parameters.items():
         owner = name.rpartition(".")[0]
         while modules[owner] not in units:
             owner = owner.rpartition(".")[0]
         unit = modules[owner]
-        if engine.stages[unit] > 0 and _copy_axes(kept, gathered=True):
-            units[unit].append(name)
-    for unit, names in units.items():
-        if names:
+        for axis in _copy_axes(kept, gathered=True) if engine.stages[unit] > 0 else []:
+            units[unit][name] = axis
+    for unit, axes in units.items():
+        if axes:
             assert isinstance(unit, FSDPModule)
             unit.unshard()
-            for name in names:
+            for name, axis in axes.items():
                 whole = engine.model.get_parameter(name)
                 local = local_part(whole) if isinstance(whole, DTensor) else whole
-                yield _copy(f"gathered {name}", engine.parameters[name], local, gathered=True)
+                mesh = engine.parameters[name].device_mesh
+                yield Copy(f"gathered {name}", mesh, axis, checksum(local))
             unit.reshard()
-
-
-def _copy(name: str, kept: DTensor, local: Tensor, *, gathered: bool) -> Copy:
-    mesh, axes = kept.device_mesh, _copy_axes(kept, gathered=gathered)
-    ranks, place = mesh.mesh, mesh.get_coordinate()
-    assert place is not None
-    assert len(axes) == 1, "one axis of copies, as parallel/zero.py makes them"
-    for axis in reversed(range(ranks.ndim)):
-        if axis not in axes:
-            ranks = ranks.select(axis, place[axis])
-    return Copy(name, tuple(ranks.tolist()), mesh.get_group(axes[0]), checksum(local))
 
 
 def _copy_axes(kept: DTensor, *, gathered: bool) -> list[int]:
@@ -163,8 +179,8 @@ def _copy_axes(kept: DTensor, *, gathered: bool) -> list[int]:
 
 
 def _differ(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Whether int64 values are not the same on all ranks of a group, a scalar on the device."""
+    """Which of some int64 values are not the same on all ranks of a group, on the device."""
     extremes = torch.cat([values, ~values])  # ~ turns the order round
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     highest, lowest = extremes[: len(values)], ~extremes[len(values) :]
-    return (highest != lowest).any()
+    return highest != lowest

@@ -98,7 +98,7 @@ class Health:
         seen = torch.stack([norm, loss, bad.double()])
         self._seen = seen
         if seen.is_cuda:
-            self._seen = torch.empty(3, dtype=seen.dtype, pin_memory=True)
+            self._seen = torch.empty(3, dtype=seen.dtype, pin_memory=True)  # of a pool
             self._seen.copy_(seen, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()

@@ -172,8 +172,7 @@ def on_a_mesh(device: torch.device, parallel: ParallelConfig) -> dict[str, Any]:
         name: hold_the_same(tensors[name].to_local()) for name in (f"model.{HEAD}", f"model.{W1}")
     }
     found["same part"] = dict.fromkeys(found["same bytes"], (rank,)) | {
-        name: replicas._copy(name, kept[name], Tensor(), gathered=False).ranks
-        for name in found["same bytes"].keys() & kept
+        copy.name: copy.ranks for copy in replicas._kept(kept) if copy.name in found["same bytes"]
     }
     found["host"] = look(5 + (rank == 1))
     found["head"] = after((f"model.{HEAD}", 2))
