@@ -342,42 +342,49 @@ def test_a_stage_goes_back_to_its_start_and_no_further(
 ) -> None:
     """Also where parameters train that were frozen in the stage before."""
 
-    def config(**health: Any) -> RunConfig:
-        one = config_of(tiny_data, steps=100, **health)
-        one.checkpoint.every_steps = None
-        one.optim.groups = {"below": GroupConfig(match=r"embed_tokens|layers\.0\.", frozen=True)}
+    def open_next(name: str, *, every: int | None = None, **health: Any) -> Trainer:
+        config = config_of(tiny_data, steps=100, **health)
+        config.checkpoint.every_steps = every
+        config.optim.groups = {"below": GroupConfig(match=r"embed_tokens|layers\.0\.", frozen=True)}
         thawed = {"groups": {"below": {"frozen": False}}}
-        one.stages = {
+        config.stages = {
             "first": StageConfig(tokens=700),
             "second": StageConfig(tokens=1500, optim=thawed, health={"max_skips": 2}),
         }
-        return one
+        stage = open_stage(config, one_rank, folder, is_first=name == "first")
+        assert stage is not None
+        assert stage.stage.name == name
+        return stage
 
-    folder = tmp_path / "run"
+    folder, start = tmp_path / "run", 6
     folder.mkdir()
-    stage = open_stage(config(), one_rank, folder, is_first=True)
-    assert stage is not None
-    poison(stage, {2: NAN}, 0)
+    stage = open_next("first", every=2)
+    poison(stage, {start: NAN}, 0)  # not counted in the next stage
     stage.fit()
     stage.close()
-    start = stage.step
-    runs = []
-    for enabled in (False, True):  # the first of them saves nothing
-        stage = open_stage(config(enabled=enabled), one_rank, folder, is_first=False)
-        assert stage is not None
-        assert (stage.step, stage.stage.name) == (start, "second")
-        bad = {start + 2, start + 3, start + 4}
-        if enabled:
-            # One bad step of the stage before is not counted here.
-            poison(stage, dict.fromkeys(bad, NAN), 0)
-            stage.fit()
-            stage.close()
-            runs.append(local_copies(stage))
-            assert stage.health.state()["left"] == [(start, start + 4)]
-        else:
-            runs.append(carry_out(stage, bad, {start + 4: start}))
+    assert stage.step == start
+    bad = {start + 2, start + 3, start + 4}
+    wanted = carry_out(open_next("second", enabled=False), bad, {start + 4: start})
+
+    stage = open_next("second")
+    poison(stage, dict.fromkeys(bad, NAN), 0)
+    first = folder / "checkpoints" / f"step_{start}"
+    stage.objective.prepare = lambda *_: first.rename(folder / "away")  # type: ignore
+    with pytest.raises(
+        HealthError, match=f"no checkpoint of this stage from before step {start + 2}"
+    ):
+        stage.fit()
+    stage.close()
+    (folder / "away").rename(first)
+    assert (folder / "checkpoints" / "step_4").exists()  # but is of the first stage
+
+    stage = open_next("second")
+    poison(stage, dict.fromkeys(bad, NAN), 0)
+    stage.fit()
+    stage.close()
+    assert stage.health.state()["left"] == [(start, start + 4)]
     assert stage.step > start + 5
-    assert same(*runs)
+    assert same(local_copies(stage), wanted)
     assert set(stage.optimizer.steps) == set(stage.engine.parameters)
 
 
