@@ -300,6 +300,7 @@ def test_the_sum_over_ranks_of_the_norm_matters(
     broken: bool, tiny_data: Path, tmp_path: Path, one_process: list[dict]
 ) -> None:
     config = config_of(tiny_data, ParallelConfig(ep=2), steps=2)
+    config.health.enabled = False  # it would find that ranks have other numbers
     norms = curves(run_world(train_broken, 2, config, tmp_path, broken)[0])["grad_norm"]
     assert (norms == pytest.approx(curves(one_process)["grad_norm"][:2], rel=1e-5)) != broken
 
