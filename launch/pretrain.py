@@ -24,6 +24,7 @@ def train(config: RunConfig, recipe: str) -> None:
 
     from fulmen.parallel.progress import ExchangeError
     from fulmen.parallel.rendezvous import join_world
+    from fulmen.trainer.health import HealthError
     from fulmen.trainer.run import run
 
     device = join_world(
@@ -33,7 +34,7 @@ def train(config: RunConfig, recipe: str) -> None:
     )
     try:
         run(config, device, recipe)
-    except ExchangeError as error:
+    except (ExchangeError, HealthError) as error:
         sys.exit(f"error: {error}")  # the traceback is in the log
     finally:
         dist.destroy_process_group()

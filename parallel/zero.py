@@ -127,6 +127,11 @@ class ZeroEngine:
         """ZeRO stage of each unit."""
         return cast(Mapping[nn.Module, int], self._stages)  # a unit is a module of its own class
 
+    def drop_gathered(self) -> None:
+        """Forget copies that were gathered, as the parts that they are of have other values now."""
+        for unit in self._stages:
+            unit.reshard()
+
     def materialize(self) -> None:
         """Allocate this rank's shards, without values; call once, after the last `shard`."""
         self.model.to_empty(device=self.mesh.device)
@@ -140,8 +145,11 @@ class ZeroEngine:
         return {name: p for name, p in self.parameters.items() if p.requires_grad}
 
     @torch.no_grad()
-    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        """Norm of the whole gradient over all ranks, an fp32 scalar; scales it to `max_norm`."""
+    def clip_grad_norm(self, max_norm: float | None, loss: Tensor | None = None) -> Tensor:
+        """Norm of the whole gradient over all ranks, an fp32 scalar; scales it to `max_norm`.
+
+        `loss`, this rank's part of the step's, becomes the sum over ranks on the same way.
+        """
         gradients = []
         for parameter in self.trainable.values():
             gradient = parameter.grad
@@ -150,8 +158,13 @@ class ZeroEngine:
         held = [gradient for gradient in gradients if gradient.numel()]
         # Rows of parts and columns of parameters; a product of matrices would be no faster, and
         # its order of sums is the library's.
-        self._part_sums = (self._part_shares * _sums_of_squares(held, self.mesh.device)).sum(1)
-        dist.all_reduce(self._part_sums, group=self.mesh.shard.get_group())
+        sums = (self._part_shares * _sums_of_squares(held, self.mesh.device)).sum(1)
+        if loss is not None:
+            sums = torch.cat([sums, loss.double().reshape(1)])
+        dist.all_reduce(sums, group=self.mesh.shard.get_group())
+        if loss is not None:
+            loss.copy_(sums[-1])
+        self._part_sums = sums[: len(self._parts)]
         norm = self._part_sums.sum().sqrt()
         if max_norm is not None:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()

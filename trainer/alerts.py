@@ -1,7 +1,7 @@
 """Looks for what a human should hear of: losses that jump or are none, slow steps, silence.
 
 It only speaks: a warning in the run's log, and an alert on wandb where there is wandb. What a run
-itself does about a bad step is none of its business.
+itself does about a bad step is decided by trainer/health.py, of which it tells.
 """
 
 import logging
@@ -14,20 +14,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fulmen.trainer.console import Row, clock
+from fulmen.trainer.spikes import LEAST, highest_loss, highest_norm
 
 WINDOW = 100
 """Rows that a row is compared with."""
-LEAST = 20
-"""Rows before which nothing is compared."""
-LOSS_DEVIATIONS = 10.0
-"""Above the median, in median absolute deviations of at least 1 % of it: a spike."""
-NORM_TIMES, SLOW_TIMES = 10.0, 3.0
-"""Times the median: a spike of the gradient norm, a slow step."""
+SPIKE_FACTOR, SLOW_TIMES = 10.0, 3.0
+"""Of a spike (trainer/spikes.py), and times the median: a slow step."""
 REPEAT_S = 600.0
 """Least time between two alerts of one kind."""
 SILENCE_S = 600.0
 """Least time without a row that is an alert; else SILENCE_ROWS times the usual time of one."""
 SILENCE_ROWS = 20.0
+_JUDGED = ("loss", "grad_norm")
+"""Of a row that says `skipped`, these are no surprise any more."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +59,7 @@ class AlertSink:
         self._seen: dict[str, deque[float]] = {
             key: deque(maxlen=WINDOW) for key in ("loss", "grad_norm", "step_time_s")
         }
+        self._rewinds: object = 0
         self._gaps: deque[float] = deque(maxlen=WINDOW)
         self._last_row: float | None = None
         self._said: dict[str, float] = {}
@@ -70,9 +70,13 @@ class AlertSink:
     def log_step(self, row: Row) -> None:
         """Compare the row of a step with those before it."""
         step = row["step"]
+        before, self._rewinds = self._rewinds, row.get("rewinds", 0)
+        if row.get("health"):
+            kind = "step skipped" if self._rewinds == before else "run went back"
+            self._say(kind, f"step {step}: {row['health']}")
         for key, is_odd in (("loss", _jumps), ("grad_norm", _grows), ("step_time_s", _lasts)):
             value = row.get(key)
-            if not isinstance(value, int | float):
+            if not isinstance(value, int | float) or (row.get("skipped") and key in _JUDGED):
                 continue
             if not math.isfinite(value):
                 self._say(f"{key} is {value}", f"step {step}: {key} is {value}")
@@ -136,13 +140,11 @@ class AlertSink:
 
 
 def _jumps(value: float, seen: deque[float]) -> bool:
-    median = statistics.median(seen)
-    deviation = statistics.median(abs(one - median) for one in seen)
-    return value > median + LOSS_DEVIATIONS * max(deviation, 0.01 * abs(median))
+    return value > highest_loss(seen, SPIKE_FACTOR)
 
 
 def _grows(value: float, seen: deque[float]) -> bool:
-    return value > NORM_TIMES * statistics.median(seen)
+    return value > highest_norm(seen, SPIKE_FACTOR)
 
 
 def _lasts(value: float, seen: deque[float]) -> bool:

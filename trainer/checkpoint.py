@@ -45,12 +45,20 @@ class Checkpointer:
         self._host_meshes: dict[DeviceMesh, DeviceMesh] = {}
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: str
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        config: str,
+        kept: Callable[[int], bool] | None = None,
     ) -> None:
-        """Copy the tensors and write them in the background; waits for the save before it."""
+        """Copy the tensors and write them in the background; waits for the save before it.
+
+        Of the checkpoints whose step is `kept`, the newest stays beside the `keep` newest of all.
+        """
         self.wait()
         staged = self._copy_to_host(tensors)
-        self._pending = self._thread.submit(self._write, step, staged, dict(state), config)
+        self._pending = self._thread.submit(self._write, step, staged, dict(state), config, kept)
 
     def wait(self) -> None:
         """Wait for the save under way, and raise what it raised."""
@@ -70,9 +78,14 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
 
-    def find_newest(self) -> Path | None:
-        """The newest whole checkpoint; broken ones are named in the log and passed over."""
+    def find_newest(self, usable: Callable[[int], bool] = lambda step: True) -> Path | None:
+        """The newest whole checkpoint of those whose step is `usable`.
+
+        Broken ones are named in the log and passed over.
+        """
         for path in _newest_first(self._broadcast(self._listing())):
+            if not usable(step_of(path) or 0):
+                continue
             reason = self.find_fault(path)
             if reason is None:
                 return path
@@ -170,7 +183,12 @@ class Checkpointer:
         return self._host_meshes[mesh]
 
     def _write(
-        self, step: int, tensors: dict[str, Any], state: dict[str, Any], config: str
+        self,
+        step: int,
+        tensors: dict[str, Any],
+        state: dict[str, Any],
+        config: str,
+        kept: Callable[[int], bool] | None,
     ) -> None:
         final = self.folder / f"step_{step}"
         temporary = self.folder / f".step_{step}.writing"
@@ -196,7 +214,7 @@ class Checkpointer:
                 _set_aside(final)
                 temporary.rename(final)
                 _point_latest(self.folder / LATEST, final.name)
-                self._delete_old(step)
+                self._delete_old(step, kept)
 
         self._together(begin)
         writer = dcp.FileSystemWriter(temporary, thread_count=1)
@@ -221,14 +239,18 @@ class Checkpointer:
                 raise CheckpointError(failure if len(box) == 1 else f"rank {rank}: {failure}")
         return [result for result, _ in box]
 
-    def _delete_old(self, step: int) -> None:
+    def _delete_old(self, step: int, kept: Callable[[int], bool] | None) -> None:
         # Those of later steps are broken, or they would have been resumed from: they do not count.
         written = [
             path
             for path in self._listing()
             if (step_of(path) or 0) <= step and not _ends_a_stage(path)
         ]
-        for path in _newest_first(written)[self._keep :]:
+        newest = _newest_first(written)
+        needed = [path for path in newest if kept is not None and kept(step_of(path) or 0)]
+        for path in newest[self._keep :]:
+            if path in needed[:1]:
+                continue
             # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
             path.rename(path.with_name(f".{path.name}.deleting"))
         for leftover in self.folder.glob(".step_*"):  # of this run, or of one that was killed

@@ -14,6 +14,7 @@ from fulmen.data.config import DataConfig
 from fulmen.kernels.config import KernelsConfig
 from fulmen.models.config import ModelConfig, MoEConfig, check_model
 from fulmen.parallel.config import POLICIES, ParallelConfig, check_experts, check_parallel
+from fulmen.trainer.health_config import HealthConfig, check_health
 from fulmen.trainer.long_context.config import LongContextConfig, check_tasks
 from fulmen.trainer.metrics import LogConfig
 from fulmen.trainer.profile_config import ProfileConfig
@@ -213,6 +214,8 @@ class StageConfig:
     """Keys of `preference` that differ."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """Keys of `evaluation` that differ."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """Keys of `health` that differ."""
 
 
 @dataclass
@@ -238,6 +241,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)
@@ -294,6 +298,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
         raise ValueError("data.sources is empty: name at least one prepared source and its path")
     _check_batches(config, world_size)
     check_groups(config.optim)
+    check_health(config.health)
     _check_preference(config)
     long = config.evaluation.long_context
     key = "evaluation.long_context."

@@ -303,6 +303,10 @@ class Throughput:
         self._steps = self._tokens = self._sum_squared_lengths = 0
         self._tiles = self._image_tokens = 0
 
+    def leave_out(self, seconds: float) -> None:
+        """Let the interval have begun so much later."""
+        self._started += seconds
+
     def add_step(
         self,
         *,

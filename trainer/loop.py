@@ -20,14 +20,16 @@ from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.flops import Throughput, count_passes_by_part, device_peak
 from fulmen.trainer.groups import resolve_groups
+from fulmen.trainer.health import Health
 from fulmen.trainer.long_context.in_loop import LongContext
 from fulmen.trainer.manifest import MANIFEST, CheckpointError, checksum
 from fulmen.trainer.metrics import ACCOUNT_PREFIX, MetricsLogger, NullMetrics
 from fulmen.trainer.objective import LanguageModelling, Objective
-from fulmen.trainer.optim import MOMENTS, Optimizer
+from fulmen.trainer.optim import Optimizer
 from fulmen.trainer.preference import Preference
 from fulmen.trainer.profile import Profiler
 from fulmen.trainer.reading.in_loop import Reading
+from fulmen.trainer.restore import restore, trained_tensors
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
 from fulmen.trainer.sources import open_held_out, open_loader
@@ -86,6 +88,15 @@ class Trainer:
                 log.info(line)
         self.optimizer = Optimizer(self.engine, config.optim, settings)
         state = self._resume()
+        self.health = Health(
+            config.health,
+            self.engine,
+            self.optimizer,
+            self.checkpointer,
+            step=self.step,
+            first_step=self.start.first_step,
+            state=state.get("health", {}),
+        )
         self.loader = open_loader(self.run_config, self.start, mesh, state.get("loader"))
         self.held_out = open_held_out(self.run_config, mesh)
         self.objective = self._open_objective(state.get("objective", {}))
@@ -130,13 +141,19 @@ class Trainer:
                 grad_norm, lr = self.train_step(batch)
                 self.step += 1
                 self.tokens += batch.num_tokens
+                self.health.judge(self.step, batch.digest)
                 self._throughput.add_step(
                     num_tokens=batch.num_tokens,
                     sum_squared_lengths=batch.sum_squared_lengths,
                     num_tiles=batch.num_tiles,
                     num_image_tokens=batch.num_image_tokens,
                 )
-                if self._is_due(config.log.every_steps):
+                saves = self.stop.agreed() or self._is_due(config.checkpoint.every_steps)
+                if saves or self.stage_finished or self._is_due(config.health.replicas_every_steps):
+                    self.health.compare_replicas(self.step, self._state(batch.state))
+                if self.health.goes_back:
+                    self._rewind()
+                if self._is_due(config.log.every_steps) or self.health.has_news:
                     row = self._row(batch, grad_norm) | {
                         "lr": lr,
                         "data_wait_s": data_wait_s,
@@ -161,7 +178,7 @@ class Trainer:
                     phase("reading")
                     metrics.log_scores(self.step, self.tokens, self.reading.scores(self.step))
                     self._throughput.restart()
-                if self.stop.agreed() or self._is_due(config.checkpoint.every_steps) or ends:
+                if saves or ends:
                     phase("checkpoint")
                     self.save(batch.state, grad_norm)
                     self._throughput.restart()
@@ -173,19 +190,21 @@ class Trainer:
     def train_step(self, batch: StepBatch) -> tuple[torch.Tensor, float]:
         """One optimiser step; returns gradient norm, on the device, and learning rate."""
         self.objective.begin_step(batch)
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for index, micro_batch in enumerate(batch.micro_batches):
             self.engine.begin_micro_batch(is_last=index == len(batch.micro_batches) - 1)
             phase("forward")
             loss = self.objective.loss(micro_batch)
+            total += loss.detach()
             phase("backward")
             loss.backward()
         phase("gradient norm")
-        grad_norm = self.engine.clip_grad_norm(self.config.optim.grad_clip)
+        grad_norm = self.engine.clip_grad_norm(self.config.optim.grad_clip, total)
         phase("optimiser")
         lr = self.stage.learning_rate(
             step=self.step, tokens=self.tokens, first_step=self.start.first_step
         )
-        self.optimizer.step(lr)
+        self.optimizer.step(lr, skip=self.health.flag(grad_norm, total))
         return grad_norm, lr
 
     @property
@@ -209,14 +228,25 @@ class Trainer:
 
     def save(self, loader_state: dict[str, Any], grad_norm: torch.Tensor) -> None:
         """Start writing a checkpoint of this step; refuses a broken state."""
-        self._check_finite(grad_norm)  # waits for the device, for which saving is not to blame
+        # Waits for the device, for which saving is not to blame.
+        self.health.check_finite(self.step, grad_norm)
+        self.health.compare_replicas(self.step, self._state(loader_state))
+        if self.health.goes_back:
+            self._rewind()
         started = time.perf_counter()
-        state = {
+        config = OmegaConf.to_yaml(OmegaConf.structured(self.config))
+        state, kept = self._state(loader_state), self.health.kept
+        self.checkpointer.save(self.step, self._tensors(), state, config, kept)
+        self._stall_s += time.perf_counter() - started
+
+    def _state(self, loader_state: dict[str, Any]) -> dict[str, Any]:
+        return {
             "step": self.step,
             "tokens": self.tokens,
             "optimizer_steps": self.optimizer.steps,
             "loader": loader_state,
             "objective": {"name": self.config.objective, **self.objective.state()},
+            "health": self.health.state(),
             "stage": {
                 "name": self.stage.name,
                 "first_step": self.start.first_step,
@@ -224,9 +254,11 @@ class Trainer:
                 and (self.tokens >= self.stage.end or self.objective.finished),
             },
         }
-        config = OmegaConf.to_yaml(OmegaConf.structured(self.config))
-        self.checkpointer.save(self.step, self._tensors(), state, config)
-        self._stall_s += time.perf_counter() - started
+
+    def _rewind(self) -> None:
+        started = time.perf_counter()
+        self.health.rewind(self.step)
+        self._throughput.leave_out(time.perf_counter() - started)
 
     def close(self) -> None:
         """Stop the loader's and the checkpointer's threads, a trace, and listening to signals."""
@@ -236,19 +268,14 @@ class Trainer:
         self.checkpointer.close()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {
-            f"model.{name}": parameter.detach()
-            for name, parameter in self.engine.parameters.items()
-        }
-        tensors |= self.optimizer.named_moments()
-        tensors[f"rng.{self.mesh.rank}"] = torch.get_rng_state()
-        return tensors
+        random = {f"rng.{self.mesh.rank}": torch.get_rng_state()}
+        return {**trained_tensors(self.engine, self.optimizer), **random}
 
     def _resume(self) -> dict[str, Any]:
         """Load the checkpoint to start from; returns its trainer's state, if it has one."""
         phase("resume")
-        tensors = self._tensors()
         if self.start.anew:
+            tensors = self._tensors()
             weights = {name: one for name, one in tensors.items() if name.startswith(PREFIX)}
             load_first_weights(self.start, self.checkpointer, weights)
             return {}
@@ -257,20 +284,11 @@ class Trainer:
         check_same_model(path, self.start.origin.model)
         for change in changed_keys(path, self.start.origin):
             log.warning("differs from %s: %s", path.name, change)
-        state, absent = self.checkpointer.load(path, tensors)
-        steps = state["optimizer_steps"]
-        if isinstance(steps, int):  # of a version without frozen parts
-            steps = dict.fromkeys(self.engine.trainable, steps)
-        new = [name for name in self.engine.trainable if name not in steps]
-        known = {f"{moment}.{name}" for name in new for moment in MOMENTS}
-        lost = [name for name in absent if not name.startswith("rng.") and name not in known]
-        if lost:
-            raise CheckpointError(f"{path} lacks {len(lost)} tensors, the first is {lost[0]}")
-        torch.set_rng_state(tensors[f"rng.{self.mesh.rank}"])
+        random = torch.get_rng_state()
+        others = {f"rng.{self.mesh.rank}": random}
+        state = restore(self.checkpointer, path, self.engine, self.optimizer, others)
+        torch.set_rng_state(random)
         self.step, self.tokens = state["step"], state["tokens"]
-        self.optimizer.set_steps(steps)
-        if new:
-            log.info("%d parameters were frozen there: their moments begin at 0", len(new))
         log.info("resumed at step %d, %d tokens, from %s", self.step, self.tokens, path)
         return state
 
@@ -334,7 +352,7 @@ class Trainer:
 
     def _row(self, batch: StepBatch, grad_norm: torch.Tensor) -> dict[str, Any]:
         phase("statistics")
-        self._check_finite(grad_norm)
+        self.health.check_finite(self.step, grad_norm)
         read = self.objective.read_step()  # waits for the device: the time below is of all work
         stage = {"stage": self.stage.name} if self.stage.name else {}
         load = read.pop("expert_load", None)
@@ -349,6 +367,7 @@ class Trainer:
             **read,
             "grad_norm": grad_norm.item(),
             **{f"grad_norm/{part}": norm for part, norm in parts.items()},
+            **self.health.row(),
             "memory_gib": self._memory_gib(),
             "batch_digest": batch.digest,
             **self._throughput.read(drop_rate=read["drop_rate"]),
@@ -358,14 +377,6 @@ class Trainer:
                 for bucket, tokens in buckets.items()
             },
         }
-
-    def _check_finite(self, grad_norm: torch.Tensor) -> None:
-        # The optimiser has already put it into every weight; what was saved before is still good.
-        if not torch.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient norm of step {self.step} is {grad_norm.item()}: the run stops, and "
-                "the last checkpoint is from before it"
-            )
 
     def _memory_gib(self) -> float:
         if self.mesh.device.type == "cuda":

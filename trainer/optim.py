@@ -42,18 +42,31 @@ class Optimizer:
         }
         self.set_steps({})
 
-    def step(self, learning_rate: float) -> None:
-        """Update the parameters from their gradients, and drop the gradients."""
+    def step(self, learning_rate: float, skip: Tensor | None = None) -> None:
+        """Update the parameters from their gradients, and drop the gradients.
+
+        Where `skip`, a scalar on the device, is true, nothing is updated, which the host need not
+        know before: call `uncount` once it does. NVIDIA apex waits for the device.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_factor"]
         for name, parameter in self._local.items():
             gradient = self._sharded[name].grad
             assert isinstance(gradient, DTensor)
             parameter.grad = gradient.to_local()
-        self._optimizer.step()
+        if self._config.name == "adamw":
+            # As torch skips what overflowed in fp16: the kernels look at the flag.
+            self._optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
+            self._optimizer.step()
+        elif skip is None or not bool(skip):
+            self._optimizer.step()
         self._steps = {name: steps + 1 for name, steps in self._steps.items()}
         for name, parameter in self._local.items():
             parameter.grad = self._sharded[name].grad = None
+
+    def uncount(self) -> None:
+        """The last step was skipped."""
+        self._steps = {name: steps - 1 for name, steps in self._steps.items()}
 
     @property
     def steps(self) -> dict[str, int]:
@@ -82,7 +95,7 @@ class Optimizer:
             done = torch.tensor(float(self._steps[name]), device=parameter.device)
             self._optimizer.state[parameter] = self._moments[name] | {"step": done}
 
-    def named_moments(self) -> Iterator[tuple[str, Tensor]]:
+    def named_moments(self) -> Iterator[tuple[str, DTensor]]:
         """`exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, sharded like the parameter."""
         for name in self._local:
             like = self._sharded[name]

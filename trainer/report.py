@@ -206,6 +206,12 @@ def head_facts(rows: Rows, summary: dict[str, Any]) -> dict[str, str]:
     ]
     if bad:
         facts["Logged steps without a finite loss"] = f"{len(bad)}, the first at step {bad[0]}"
+    skipped = [row["step"] for row in rows if row.get("skipped")]
+    if skipped:
+        facts["Skipped steps"] = f"{len(skipped)}, the last one is step {skipped[-1]}"
+    back = [row["rewinds"] for row in rows if row.get("rewinds")]
+    if back:
+        facts["Times gone back"] = str(back[-1])
     seconds = training_seconds(rows)
     if seconds:
         facts["Time in training steps"] = clock(seconds)

@@ -134,7 +134,8 @@ def read_run(path: Path, metric: str) -> Run:
     assert isinstance(model, ModelConfig)
     seq_len = OmegaConf.select(config, "data.seq_len")
     schedule = OmegaConf.select(config, "schedule")
-    rows = read_metrics(path / "metrics.jsonl")
+    # A skipped step's loss is of a bad batch, and no point of the curve.
+    rows = [row for row in read_metrics(path / "metrics.jsonl") if not row.get("skipped")]
     for row in rows:
         for key in {"loss", metric} & row.keys():
             if not isinstance(row[key], int | float) or not math.isfinite(row[key]):

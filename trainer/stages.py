@@ -84,6 +84,7 @@ def stage_config(config: RunConfig, index: int) -> RunConfig:
     new.optim = _merged(new.optim, stage.optim, f"stages.{name}.optim")
     new.preference = _merged(new.preference, stage.preference, f"stages.{name}.preference")
     new.evaluation = _merged(new.evaluation, stage.evaluation, f"stages.{name}.evaluation")
+    new.health = _merged(new.health, stage.health, f"stages.{name}.health")
     if stage.seq_len is not None:
         new.data.seq_len = stage.seq_len
     if stage.rope_theta is not None:

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -246,6 +247,7 @@ def test_every_rank_stops_at_one_that_is_not_finite(
     parallel: ParallelConfig, tiny_data: Path, tmp_path: Path
 ) -> None:
     config = config_of(tiny_data, parallel, steps=4)
+    config.health.enabled = False  # else the step is skipped: tests/trainer/test_health.py
     told = run_world(poisoned, 2, config, tmp_path)
     assert told[0] == told[1]
     assert told[0].startswith("the gradient norm of step 2 is nan")
@@ -298,6 +300,7 @@ def test_the_sum_over_ranks_of_the_norm_matters(
     broken: bool, tiny_data: Path, tmp_path: Path, one_process: list[dict]
 ) -> None:
     config = config_of(tiny_data, ParallelConfig(ep=2), steps=2)
+    config.health.enabled = False  # it would find that ranks have other numbers
     norms = curves(run_world(train_broken, 2, config, tmp_path, broken)[0])["grad_norm"]
     assert (norms == pytest.approx(curves(one_process)["grad_norm"][:2], rel=1e-5)) != broken
 
@@ -306,10 +309,10 @@ def train_broken(device: torch.device, config: RunConfig, folder: Path, broken: 
     if broken:
         clip = ZeroEngine.clip_grad_norm
 
-        def clip_alone(engine: ZeroEngine, max_norm: float | None) -> Tensor:
+        def clip_alone(engine: ZeroEngine, *args: Any) -> Tensor:
             all_reduce, dist.all_reduce = dist.all_reduce, lambda *_, **__: None
             try:
-                return clip(engine, max_norm)
+                return clip(engine, *args)
             finally:
                 dist.all_reduce = all_reduce
 

@@ -55,6 +55,16 @@ def test_a_usual_run_is_silent_and_a_young_one_is_not_judged() -> None:
         ({"step_time_s": 4.0, "data_wait_s": 3.5}, "slow step", "waited 3.5 s for its batch"),
         ({"loss": float("nan")}, "loss is nan", "step 50"),
         ({"grad_norm": float("inf")}, "grad_norm is inf", "step 50"),
+        (
+            {"grad_norm": float("nan"), "skipped": 1, "rewinds": 0, "health": "skipped: its norm"},
+            "step skipped",
+            "step 50: skipped: its norm",
+        ),
+        (
+            {"loss": 50.0, "skipped": 1, "rewinds": 1, "health": "skipped; back to step_40"},
+            "run went back",
+            "step 50: skipped; back to step_40",
+        ),
     ],
 )
 def test_what_is_odd_is_told(

@@ -89,7 +89,11 @@ def rows_of(
         trainer.fit()
     finally:
         trainer.close()
-    return list(read_metrics(run_dir / "metrics.jsonl"))
+    rows = list(read_metrics(run_dir / "metrics.jsonl"))
+    if trainer.mesh.rank == 0:  # what steps were judged by
+        losses = [row["loss"] for row in rows if "loss" in row]
+        assert trainer.health.state()["losses"] == pytest.approx(losses, rel=1e-6)
+    return rows
 
 
 def values(rows: list[dict[str, Any]]) -> list[list[float]]:

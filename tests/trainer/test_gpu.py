@@ -9,12 +9,15 @@ import pytest
 import torch
 from support.pairs import preference_config, prepare_pairs
 from support.tiny import tiny_config
+from torch import Tensor
 
+from fulmen.data.packing import PackedBatch
 from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.profile_memory import watch_memory
+from fulmen.trainer.restore import trained_tensors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,6 +60,31 @@ def test_a_run_on_pairs_is_near_fp32(one_rank: torch.device, tmp_path: Path) -> 
         config.trainer.dtype = dtype
         losses.append(losses_of(config, tmp_path / dtype, one_rank))
     assert losses[1] == pytest.approx(losses[0], rel=5e-2)
+
+
+def test_a_bad_step_updates_nothing(
+    one_rank: torch.device, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_of(tiny_data, "bfloat16", max_steps=4)
+    trainer = Trainer(config, build_mesh(config.parallel, one_rank), tmp_path)
+    loss, before = trainer.objective.loss, dict[str, Tensor]()
+    tensors = trained_tensors(trainer.engine, trainer.optimizer)
+    held = {name: one.to_local() for name, one in tensors.items()}
+
+    def poison(batch: PackedBatch) -> Tensor:
+        if trainer.step == 2:
+            before.update({name: one.clone() for name, one in held.items()})
+        if trainer.step == 3:  # that is after the bad step
+            for name, one in held.items():
+                assert torch.equal(one, before[name]), name
+        return loss(batch) * (torch.nan if trainer.step == 2 else 1.0)
+
+    trainer.objective.loss = poison  # type: ignore[method-assign]
+    trainer.fit()
+    trainer.close()
+    assert set(trainer.optimizer.steps.values()) == {3}
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("objective", ["language_modelling", "preference"])

@@ -167,6 +167,23 @@ def test_apex_is_used_when_asked_for(one_rank: torch.device, fake_apex: None) ->
     assert_as_expected(engine, resumed)
 
 
+@pytest.mark.parametrize("name", ["adamw", "apex_fused_adam"])
+def test_a_skipped_step_leaves_no_trace(name: str, one_rank: torch.device, fake_apex: None) -> None:
+    model, engine = build(one_rank)
+    optimizer = Optimizer(engine, OptimConfig(**(vars(CONFIG) | {"name": name})))
+    for step in range(len(RATES)):
+        if step in (1, 2):  # in the middle, and the second in turn
+            for parameter in engine.parameters.values():
+                parameter.grad = torch.full_like(parameter, torch.nan)
+            optimizer.step(0.1, skip=torch.tensor(True))
+            optimizer.uncount()
+        engine.begin_micro_batch(is_last=True)
+        loss_of(model, step).backward()
+        optimizer.step(RATES[step], skip=torch.tensor(False))
+    assert set(optimizer.steps.values()) == {len(RATES)}
+    assert_as_expected(engine, optimizer)
+
+
 def test_apex_is_not_used_unasked(fake_apex: None) -> None:
     groups = [{"params": [nn.Parameter(torch.ones(2))]}]
     assert isinstance(build_optimizer(groups, OptimConfig(lr=1.0)), torch.optim.AdamW)

@@ -219,7 +219,7 @@ def test_a_step_is_that_of_the_formula(trainer: Trainer, tmp_path: Path) -> None
     forget_copies(trainer)
     gradients: dict[str, Tensor] = {}
 
-    def keep_gradients(lr: float) -> None:
+    def keep_gradients(lr: float, skip: Tensor) -> None:
         for name, parameter in trainer.engine.parameters.items():
             assert parameter.grad is not None, name
             gradients[name] = parameter.grad.full_tensor()
@@ -229,6 +229,9 @@ def test_a_step_is_that_of_the_formula(trainer: Trainer, tmp_path: Path) -> None
     batch = next(b for b in trainer.loader if len({len(m.pairs) for m in b.micro_batches}) > 1)
     trainer.train_step(batch)
     row = trainer.objective.read_step()
+    trainer.health.judge(1, batch.digest)
+    whole = row["loss"] + trainer.config.moe.aux_loss_coef * row["aux_loss"]
+    assert trainer.health.state()["losses"] == [pytest.approx(whole, rel=1e-6)]  # judged by
     (_, train), pairs = trainer.loader.splits, [p for m in batch.micro_batches for p in m.pairs]
     # Each answer sees itself and its prompt: so much attention is counted.
     lengths = [m.cu_seqlens.diff()[: 2 * len(m.pairs)] for m in batch.micro_batches]
