@@ -398,7 +398,9 @@ def _draw(axes: "Axes", rows: Rows, panel: Panel) -> None:
     axes.set_yscale("log" if panel.log else "linear")
     axes.set_ylim(bottom=panel.bottom)
     axes.set_ylabel(panel.unit)
-    if len(panel.lines) > 1:
+    if len(panel.lines) > 3:  # these would hide the curves
+        axes.figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    elif len(panel.lines) > 1:
         axes.legend(frameon=False)
 
 

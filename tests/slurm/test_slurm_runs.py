@@ -6,6 +6,7 @@ launch/submit.py. Whatever happens to one, its losses are those of the run that 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,7 +214,7 @@ def test_a_cancelled_run_can_go_on_with_fewer_nodes(run: Submitted, undisturbed:
     run.cluster.wait_for(lambda: not run.cluster.jobs(), LIMIT_S, "empty queue")
     assert not (run.folder / "DONE").exists()
     log = (run.folder / "train.log").read_text()
-    assert "asked to stop by SIGTERM" in log
+    assert re.search("asked to stop by (SIGTERM|another rank)", log)  # whoever heard it first
     run.submit("slurm.nodes=1")
     assert run.here.name == "2"
     found, expected = run.end(), undisturbed.rows()
