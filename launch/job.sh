@@ -62,7 +62,7 @@ leave_out() {
   if [ "$LEAVE_OUT" = 0 ] || [ "$count" -ge "$NODES" ] || [ "$FULMEN_REPLACED" -gt "$REQUEUES" ]; then exit 3; fi
   local task=""
   if [ "$JOB" != "$SLURM_JOB_ID" ]; then # of a sweep, whose jobs are not kept apart by their name
-    if squeue -h -r -n "$SLURM_JOB_NAME" -o "%F %K" | grep -v "^$SLURM_ARRAY_JOB_ID " | grep -q " $SLURM_ARRAY_TASK_ID\$"; then
+    if squeue -h -r --user="$(id -u)" -n "$SLURM_JOB_NAME" -o "%F %K" | grep -v "^$SLURM_ARRAY_JOB_ID " | grep -q " $SLURM_ARRAY_TASK_ID\$"; then
       say "the next job of this run goes on"; exit 3
     fi
     task="--array=$SLURM_ARRAY_TASK_ID --dependency=afterany:$JOB"

@@ -7,6 +7,7 @@ dry_run=true that is all. docs/operations.md goes through it.
 
 import datetime
 import json
+import os
 import re
 import shlex
 import shutil
@@ -341,9 +342,9 @@ def send(slurm: SlurmConfig, runs: Sequence[Run], here: Path) -> list[str]:
             (run.folder / name).unlink(missing_ok=True)
     is_sweep, jobs = runs[0].point is not None, list[str]()
     # Instead of singleton: those of this sweep that are there, then each after the one before it.
-    before = _call("squeue", "-h", "-o", "%F", "-n", _job_name(here)).split() if is_sweep else []
+    before = _queued(_job_name(here)) if is_sweep else []
     for _ in range(slurm.chain):
-        after = [f"afterany:{job}" for job in dict.fromkeys(before)]
+        after = [f"afterany:{job}" for job in before]
         words = [f"--dependency={','.join([*after, *filter(None, [slurm.dependency])])}"]
         jobs.append(
             _call("sbatch", "--parsable", *(words if after else []), script).partition(";")[0]
@@ -359,6 +360,12 @@ def send(slurm: SlurmConfig, runs: Sequence[Run], here: Path) -> list[str]:
         f"        {folder}/train.log, metrics.jsonl, report.html",
         f"stop:   touch {folder}/STOP (saves first), or scancel {' '.join(jobs)}",
     ]
+
+
+def _queued(name: str) -> list[str]:
+    """Ids of the user's jobs of a name that wait or run; an array has one."""
+    words = ("-h", f"--user={os.geteuid()}", "-n", name, "-o", "%F")
+    return list(dict.fromkeys(_call("squeue", *words).split()))
 
 
 def _call(*command: str) -> str:

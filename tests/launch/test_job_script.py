@@ -256,7 +256,7 @@ def test_a_task_without_the_bad_nodes_takes_over_unless_one_waits(
     (tmp_path / "queue").write_text(queued)
     done = task.go(BAD.replace("slurm/1/", "slurm/1/seed_1/"), **TASK)
     assert done.code == 3
-    assert done.calls[1] == "squeue -h -r -n sweep -o %F %K"
+    assert done.calls[1] == f"squeue -h -r --user={os.geteuid()} -n sweep -o %F %K"
     if "9 1" in queued:
         assert "the next job of this run goes on" in done.output
         assert len(done.calls) == 2
