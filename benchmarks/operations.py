@@ -15,6 +15,7 @@ page cache; kernels that are compiled are in their caches too.
 - `preflight_s`: launch/preflight.py as a whole, and by itself from the meeting to the verdict.
 """
 
+import importlib
 import json
 import os
 import platform
@@ -54,6 +55,23 @@ PARTS = (
     "first step",
     "rest",
 )
+
+
+DOORS = {
+    "run.find_start": "choice and verification of the checkpoint",
+    "run.Trainer": "model, sharded",
+    "loop.Trainer._resume": "load of the checkpoint",
+    "loop.open_loader": "loader",
+    "loop.Trainer.fit": "first step",
+}
+"""What counts as which part, by where it is called from below fulmen.trainer."""
+
+
+def find(name: str) -> Any:
+    """A module below fulmen.trainer, or a class in it."""
+    module, _, inside = name.partition(".")
+    found = importlib.import_module(f"fulmen.trainer.{module}")
+    return getattr(found, inside) if inside else found
 
 
 class Clock:
@@ -102,7 +120,7 @@ def train() -> None:
     clock = Clock(float(began))
     from fulmen.launch import pretrain
     from fulmen.parallel import rendezvous
-    from fulmen.trainer import loop, metrics, run
+    from fulmen.trainer import metrics
 
     join_world, log_step = rendezvous.join_world, metrics.MetricsLogger.log_step
 
@@ -121,11 +139,9 @@ def train() -> None:
 
     rendezvous.join_world = joined
     metrics.MetricsLogger.log_step = logged  # type: ignore[method-assign]
-    clock.time(run, "find_start", "choice and verification of the checkpoint")
-    clock.time(run, "Trainer", "model, sharded")
-    clock.time(loop.Trainer, "_resume", "load of the checkpoint")
-    clock.time(loop, "open_loader", "loader")
-    clock.time(loop.Trainer, "fit", "first step")
+    for door, part in DOORS.items():
+        *way, name = door.split(".")
+        clock.time(find(".".join(way)), name, part)
     pretrain.main()
 
 
