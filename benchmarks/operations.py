@@ -165,9 +165,11 @@ def start(options: dict[str, Any], steps: int, words: list[str], folder: Path) -
 def read_default(recipe: str, words: list[str]) -> dict[str, int]:
     """The interval between saves and the batch that the recipe has."""
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), f"recipe={recipe}", *words]
-    done = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True, check=True)
-    text = done.stdout
-    every = re.search(r"^checkpoint:\n(?:  .*\n)*?  every_steps: (\d+)", text, re.MULTILINE)
+    done = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr.strip())
+    of_config = r"^checkpoint:\n(?:  .*\n)*?  every_steps: (\d+)"
+    every = re.search(of_config, done.stdout, re.MULTILINE)
     if every is None:
         sys.exit(f"error: recipe={recipe} has no checkpoint.every_steps")
     return {"every_steps": int(every.group(1))}
