@@ -19,11 +19,11 @@ from fulmen.trainer.console import Row, console_sink
 from fulmen.trainer.viewers import TensorboardSink, WandbSink, warn_lost
 
 WANDB_CHOICES = ("online", "offline", "off")
-LOSS_PREFIX = "loss/"
-"""Of a step's cross entropies by source."""
 EVAL_PREFIX = "eval_loss/"
 """Of held-out cross entropies by source."""
 ACCOUNT_PREFIX = "tokens/"
+LOSS_PREFIX = "loss/"
+"""Of a step's cross entropies by source."""
 
 logger = logging.getLogger(__name__)
 
