@@ -40,8 +40,8 @@ class StepTotals:
 
     num_tokens: int
     """Real tokens, padding left out."""
-    num_labels: int
-    """Tokens with a label."""
+    labels: dict[str, int]
+    """Tokens with a label by source; every source is there, in the order of their numbers."""
     sum_squared_lengths: int
     """Sum over documents (pieces of a cut one apart) of length^2, for attention FLOPs."""
     num_images: int
@@ -57,6 +57,11 @@ class StepTotals:
     """Hash of what the step holds: equal digest = equal micro-batches."""
     state: dict[str, Any]
     """JSON-able state after this step: give it to a new loader to go on from here."""
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens with a label."""
+        return sum(self.labels.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,11 +388,13 @@ def _plan_evaluation(
         plan.append(pieces)
 
 
-def _add_up(pieces: IntArray, splits: Sequence[PreparedSplit]) -> dict[str, int]:
+def _add_up(pieces: IntArray, splits: Sequence[PreparedSplit]) -> dict[str, Any]:
     """Totals of a step that follow from its pieces and the indexes."""
     lengths = pieces[:, LENGTH]
+    labels = np.bincount(
+        pieces[:, SOURCE], weights=lengths - pieces[:, LAST], minlength=len(splits)
+    ).astype(np.int64)
     totals = {
-        "num_labels": int(lengths.sum()) - int(pieces[:, LAST].sum()),
         "sum_squared_lengths": int((lengths * lengths).sum()),
         **dict.fromkeys(("num_images", "num_tiles", "num_image_tokens", "num_pairs"), 0),
     }
@@ -397,14 +404,15 @@ def _add_up(pieces: IntArray, splits: Sequence[PreparedSplit]) -> dict[str, int]
             continue
         whole, held = mine[:, LENGTH], split.images.totals(*split.places(mine[:, DOCUMENT]))
         chosen = held[:, CHOSEN]
-        totals["num_labels"] += int(held[:, LABELS].sum() - (whole - 1).sum())
+        labels[source] += int(held[:, LABELS].sum() - (whole - 1).sum())
         # Of a pair, chosen^2 + (whole - chosen)^2 instead of whole^2.
         totals["sum_squared_lengths"] -= int((2 * chosen * (whole - chosen)).sum())
         totals["num_images"] += int(held[:, IMAGES].sum())
         totals["num_tiles"] += int(held[:, TILES].sum())
         totals["num_image_tokens"] += int(held[:, IMAGE_TOKENS].sum())
         totals["num_pairs"] += int((chosen > 0).sum())
-    return totals
+    names = (split.name for split in splits)
+    return totals | {"labels": dict(zip(names, labels.tolist(), strict=True))}
 
 
 def _as_array(rows: Sequence[Sequence[Piece]]) -> IntArray:

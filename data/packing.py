@@ -43,6 +43,9 @@ class PackedBatch:
     """[documents + 1] int32, from 0 to T; the padding, if any, is the last document."""
     num_tokens: int
     """Real tokens: T less the padding."""
+    sources: Tensor | None = None
+    """[1, T] int16: number of each token's source, in the order of the loader's; 0 in the padding.
+    The loader always has them."""
     pairs: tuple[Pair, ...] = ()
     """Documents that are two answers to one prompt."""
     images: PackedImages | None = None
@@ -109,6 +112,7 @@ def read_micro_batch(
     """
     ids = np.zeros(num_tokens, dtype=np.int64)
     labels = np.full(num_tokens, IGNORE_LABEL, dtype=np.int64)
+    sources = np.zeros(num_tokens, dtype=np.int16)
     ends = np.cumsum(pieces[:, LENGTH])
     begins = ends - pieces[:, LENGTH]
     real = int(ends[-1]) if len(ends) else 0
@@ -131,6 +135,7 @@ def read_micro_batch(
         ):
             tokens, first = split.tokens[shard], offset + start
             ids[begin:end] = tokens[first : first + end - begin]
+            sources[begin:end] = source
             if not last:
                 after_cut.append((end - 1, int(tokens[first + end - begin])))
     if real:
@@ -147,6 +152,7 @@ def read_micro_batch(
         labels=torch.from_numpy(labels)[None],
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         num_tokens=real,
+        sources=torch.from_numpy(sources)[None],
         pairs=tuple(
             Pair(bounds.index(begin), splits[source].name, number)
             for begin, source, number in extras.pairs

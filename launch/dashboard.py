@@ -48,6 +48,7 @@ class Chart:
 SECTIONS: dict[str, list[Chart]] = {
     "Loss": [
         Chart("Training loss", ("loss",)),
+        Chart("Training loss by source", names="^loss/.*"),
         Chart("Held-out loss by source", names="eval/loss/.*"),
         Chart("Gradient norm", ("grad_norm",), log_y=True),
         Chart("Gradient norm by part of the model", names="grad_norm/.*", log_y=True),

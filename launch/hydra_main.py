@@ -21,6 +21,7 @@ _OPEN = (
     r"data\.sources\.[^.=]+\.(path|weight)="
     r"|stages\.[^.=]+\.(lengths|weights|late_weights|parallel|trainer)\.[^.=]+="
     r"|fields\.[^.=]+="
+    r"|slurm\.sweep="
 )
 
 
@@ -28,7 +29,8 @@ def open_mappings(override: str) -> str:
     """Let an override also add what the recipe does not have, where names are the user's own.
 
     That is `data.sources.NAME.path=...`, a key of one of a stage's mappings, as in
-    `stages.NAME.parallel.cp=...`, and `fields.NAME=...` of prepare_images.
+    `stages.NAME.parallel.cp=...`, `fields.NAME=...` of prepare_images, and
+    `slurm.sweep={KEY: ...}`.
     """
     if override.startswith("data.sources="):
         sys.exit(

@@ -1,7 +1,10 @@
 
 # ---- What follows is the same for every run: launch/job.sh ----
 set -u
-say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
+# A task of an array has an id of its own, but for one of them that is the whole array's too.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
+say() { echo "$(date '+%F %T') job $JOB: $*"; }
 
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 export HERE CODE PYTHON NODES PROCESSES
@@ -15,7 +18,7 @@ rm -f "$RUN/STOP" # of a job that was ended before it could take it away
 
 # SLURM sends USR1 before the time limit (--signal). The trainer sees the file, finishes its step, saves and ends.
 asked=0
-on_usr1() { say "USR1: the run saves and stops"; asked=1; echo "job $SLURM_JOB_ID: time limit" >"$RUN/STOP"; }
+on_usr1() { say "USR1: the run saves and stops"; asked=1; echo "job $JOB: time limit" >"$RUN/STOP"; }
 trap on_usr1 USR1
 # scancel and preemption send TERM to the trainer too, which saves by itself. Who goes on is not for this script to say:
 # SLURM requeues what it preempted, and what was cancelled stays so.
@@ -45,7 +48,7 @@ go_on() {
   fi
   say "requeued"
   trap - TERM
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$JOB"
   sleep 300 # SLURM ends this script; its own end would count as the job's
   exit 1
 }
@@ -53,11 +56,18 @@ go_on() {
 # The same script as a new job without the bad nodes: a running job's list cannot be changed.
 leave_out() {
   local bad count again
-  bad=$(paste -sd, "$HERE/bad_nodes"); count=$(wc -l <"$HERE/bad_nodes")
-  say "BAD NODES: $bad (docs/operations.md; $HERE/preflight.json says why)"
+  bad=$(paste -sd, "$SEEN/bad_nodes"); count=$(wc -l <"$SEEN/bad_nodes")
+  say "BAD NODES: $bad (docs/operations.md; $SEEN/preflight.json says why)"
   export FULMEN_REPLACED=$((${FULMEN_REPLACED:-0} + 1)) FULMEN_EXCLUDED="${FULMEN_EXCLUDED:+$FULMEN_EXCLUDED,}$bad"
   if [ "$LEAVE_OUT" = 0 ] || [ "$count" -ge "$NODES" ] || [ "$FULMEN_REPLACED" -gt "$REQUEUES" ]; then exit 3; fi
-  again=$(sbatch --parsable --export=ALL --exclude="${EXCLUDE:+$EXCLUDE,}$FULMEN_EXCLUDED" "$HERE/job.sh") || exit 3
+  local task=""
+  if [ "$JOB" != "$SLURM_JOB_ID" ]; then # of a sweep, whose jobs are not kept apart by their name
+    if squeue -h -r --user="$(id -u)" -n "$SLURM_JOB_NAME" -o "%F %K" | grep -v "^$SLURM_ARRAY_JOB_ID " | grep -q " $SLURM_ARRAY_TASK_ID\$"; then
+      say "the next job of this run goes on"; exit 3
+    fi
+    task="--array=$SLURM_ARRAY_TASK_ID --dependency=afterany:$JOB"
+  fi
+  again=$(sbatch --parsable --export=ALL $task --exclude="${EXCLUDE:+$EXCLUDE,}$FULMEN_EXCLUDED" "$HERE/job.sh") || exit 3
   say "job $again takes over without them"
   exit 3
 }
@@ -79,11 +89,11 @@ while :; do
   say "start $attempt, restart $RESTARTS, on $names; rank 0 at $address:$PORT"
 
   if [ "$PREFLIGHT" = 1 ]; then
-    rm -f "$HERE/bad_nodes" "$HERE/preflight.json"
+    rm -f "$SEEN/bad_nodes" "$SEEN/preflight.json"
     on_nodes 0 '"$PYTHON" "$CODE/launch/preflight.py" "$@"' "nodes=[$names]" "address=$address" "port=$port" \
-      "folder=$RUN" "output=$HERE" "processes=$PROCESSES" "${PREFLIGHT_ARGUMENTS[@]}"
+      "folder=$RUN" "output=$SEEN" "processes=$PROCESSES" "${PREFLIGHT_ARGUMENTS[@]}"
     status=$?
-    if [ -s "$HERE/bad_nodes" ]; then leave_out; fi
+    if [ -s "$SEEN/bad_nodes" ]; then leave_out; fi
   else
     status=0
   fi

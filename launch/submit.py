@@ -7,22 +7,27 @@ dry_run=true that is all. docs/operations.md goes through it.
 
 import datetime
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fulmen.launch.cluster import ClusterConfig, read_cluster
-from fulmen.launch.hydra_main import run_hydra
+from fulmen.launch.hydra_main import explain, run_hydra
 from fulmen.launch.snapshot import snapshot
-from fulmen.trainer.config import RunConfig, check_run_folder
+from fulmen.launch.sweep import Point, compose_point, list_points
+from fulmen.trainer.config import RunConfig, check_run_folder, to_dataclass
 from fulmen.trainer.stages import check_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +59,10 @@ class SlurmConfig:
     """Nodes to leave out from the start."""
     preflight: bool = True
     """Look at all nodes before each start."""
+    sweep: dict[str, Any] = field(default_factory=dict)
+    """Lists of values by key: a run for each combination, all of them one array of jobs."""
+    sweep_at_once: int | None = None
+    """Runs of a sweep at the same time, at most; null = as many as find nodes."""
     leave_out_bad: bool = True
     """Go on without nodes that the preflight calls bad; else the job ends."""
 
@@ -69,41 +78,85 @@ class SubmitConfig(RunConfig):
     """Write everything, submit nothing."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of a submission, checked."""
+
+    run_id: str
+    folder: Path
+    config: SubmitConfig
+    point: Point | None
+    """Of a sweep."""
+    planned: str
+    facts: dict[str, Any] | None
+    """The plan."""
+
+
 def submit(config: SubmitConfig) -> None:
     """Check, write, and submit."""
     cluster = read_cluster(config.cluster)
     check_slurm(config.slurm)
-    world_size = config.slurm.nodes * cluster.processes
-    check_run(config, world_size)
     choices = HydraConfig.get()
     recipe = choices.runtime.choices["recipe"]
     run_id = config.run_id or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    run_dir = Path(config.run_root).absolute() / recipe / run_id
-    planned, facts = plan(config, cluster, world_size)
-    check_run_folder(run_dir)
-    here = _next_folder(run_dir / "slurm")
+    folder = Path(config.run_root).absolute() / recipe / run_id
+    runs = check_runs(config, cluster, folder)
+    for run in runs:
+        check_run_folder(run.folder)
+    here = _next_folder(folder / "slurm")
     searched = [entry for entry in choices.overrides.hydra if entry.startswith("hydra.searchpath=")]
     copied = snapshot(ROOT, here / "code", _own_recipes(searched))
     arguments = [
         f"recipe={recipe}",
-        f"run_id={run_id}",
+        *([] if config.slurm.sweep else [f"run_id={run_id}"]),
         f"run_root={Path(config.run_root).absolute()}",
-        *(word for word in choices.overrides.task if not re.match(_OWN_KEYS, word)),
     ]
-    if facts is not None:
-        (here / "plan.json").write_text(json.dumps(facts, indent=1))
-    (here / "config.yaml").write_text(_resolved(config, run_id))
+    arguments += [word for word in choices.overrides.task if not re.match(_OWN_KEYS, word)]
+    for run in runs:
+        seen = _seen(here, run)
+        seen.mkdir(exist_ok=True)
+        if run.facts is not None:
+            (seen / "plan.json").write_text(json.dumps(run.facts, indent=1))
+        (seen / "config.yaml").write_text(_resolved(run.config, run.run_id))
     (here / "environment.sh").write_text(render_environment(cluster, here))
-    (here / "job.sh").write_text(render_job(config.slurm, cluster, run_dir, here, arguments))
+    (here / "job.sh").write_text(render_job(config.slurm, cluster, runs, here, arguments))
     print(f"{recipe}/{run_id}: {config.slurm.nodes} node(s) x {cluster.processes} process(es)")
     print(f"code: {copied}")
-    print(f"plan: {planned}")
+    for number, run in enumerate(runs):
+        name = f" of task {number}, {run.run_id}" if run.point else ""
+        print(f"plan{name}: {run.planned}")
     print(f"script: {here / 'job.sh'}")
     if config.dry_run:
         print("dry_run=true: nothing is submitted")
         return
-    for line in send(config.slurm, run_dir, here):
+    for line in send(config.slurm, runs, here):
         print(line)
+
+
+def check_runs(config: SubmitConfig, cluster: ClusterConfig, folder: Path) -> list[Run]:
+    """The submission's run, or those of its sweep, each checked; `ValueError` if one cannot be.
+
+    `folder` is the run's; a point's has the point's name behind it.
+    """
+    world_size = config.slurm.nodes * cluster.processes
+    if not config.slurm.sweep:
+        check_run(config, world_size)
+        return [Run(folder.name, folder, config, None, *plan(config, cluster, world_size))]
+    chosen = HydraConfig.get().overrides
+    runs = []
+    for point in list_points(config.slurm.sweep, chosen.task, _OWN_KEYS):
+        searched = [entry for entry in chosen.hydra if entry.startswith("hydra.searchpath=")]
+        own = f"{folder.name}-{point.name}"
+        try:
+            one = to_dataclass(compose_point(point, [*searched, *chosen.task]), SubmitConfig)
+            check_run(one, world_size)
+            planned = plan(one, cluster, world_size)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(f"slurm.sweep: {explain(error, SubmitConfig)}") from None
+        except ValueError as error:
+            raise ValueError(f"{' '.join(point.words)}: {error}") from None
+        runs.append(Run(own, folder.with_name(own), one, point, *planned))
+    return runs
 
 
 def check_slurm(slurm: SlurmConfig) -> None:
@@ -111,9 +164,12 @@ def check_slurm(slurm: SlurmConfig) -> None:
     if not re.fullmatch(_TIME, slurm.time):
         raise ValueError(f"slurm.time={slurm.time}: must look like 48:00:00 or 2-00:00:00")
     least_of = {"nodes": 1, "notice_s": 1, "requeues": 0, "retries": 0, "chain": 1}
-    for name, least in least_of.items():
-        if getattr(slurm, name) < least:
-            raise ValueError(f"slurm.{name}={getattr(slurm, name)}: must be at least {least}")
+    for name, least in (least_of | {"sweep_at_once": 1}).items():
+        value = getattr(slurm, name)
+        if value is not None and value < least:
+            raise ValueError(f"slurm.{name}={value}: must be at least {least}")
+    if slurm.sweep_at_once is not None and not slurm.sweep:
+        raise ValueError(f"slurm.sweep_at_once={slurm.sweep_at_once}: there is no slurm.sweep")
     # SLURM may signal up to a minute early, and what has begun must be worth it.
     if seconds_of(slurm.time) < slurm.notice_s + 60:
         raise ValueError(
@@ -166,14 +222,21 @@ def plan(
 
 
 def render_job(
-    slurm: SlurmConfig, cluster: ClusterConfig, run_dir: Path, here: Path, arguments: list[str]
+    slurm: SlurmConfig,
+    cluster: ClusterConfig,
+    runs: Sequence[Run],
+    here: Path,
+    arguments: list[str],
 ) -> str:
-    """The batch script: options, the run's values, and launch/job.sh."""
-    name = f"{run_dir.parent.name}-{run_dir.name}"
+    """The batch script: options, the runs' values, and launch/job.sh."""
+    is_sweep = runs[0].point is not None
+    # Two jobs of one run would write to one folder. Tasks of an array have one name, and would wait
+    # for each other.
+    dependencies = [*filter(None, ["" if is_sweep else "singleton", slurm.dependency])]
     cpus = cluster.cpus_per_node
     gpus = cluster.gpu_request or f"gpus-per-node={cluster.gpus_per_node}"
     options: dict[str, Any] = {
-        "job-name": name,
+        "job-name": _job_name(here),
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": cpus,
@@ -184,9 +247,9 @@ def render_job(
         "mem": cluster.memory,
         "exclude": slurm.exclude,
         "signal": f"B:USR1@{slurm.notice_s}",
-        # Two jobs of one run would write to one folder.
-        "dependency": ",".join(["singleton", *filter(None, [slurm.dependency])]),
-        "output": here / "job-%j.out",
+        "array": _indices(slurm, runs) if is_sweep else None,
+        "dependency": ",".join(dependencies) or None,
+        "output": here / ("job-%A_%a.out" if is_sweep else "job-%j.out"),
         "open-mode": "append",
     }
     flags = ["requeue", *(["exclusive"] if cluster.exclusive else [])]
@@ -196,7 +259,6 @@ def render_job(
     lines += [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
     lines += [f"#SBATCH --{flag}" for flag in flags]
     values: dict[str, Any] = {
-        "RUN": run_dir,
         "HERE": here,
         "CODE": here / "code",
         "PYTHON": cluster.python or sys.executable,
@@ -219,7 +281,38 @@ def render_job(
     given = [f"{key}={value}" for key, value in checks.items() if value is not None]
     lines.append(_array("PREFLIGHT_ARGUMENTS", given))
     lines.append(_array("ARGUMENTS", arguments))
+    lines += _of_runs(runs, here)
     return "\n".join(lines) + "\n" + (ROOT / "launch" / "job.sh").read_text()
+
+
+def _of_runs(runs: Sequence[Run], here: Path) -> list[str]:
+    """The script's lines about its run, or about that of each task."""
+    lines = []
+    for number, run in enumerate(runs):
+        given = {"RUN": run.folder, "SEEN": _seen(here, run)}
+        line = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in given.items())
+        if run.point is None:
+            return [line]
+        words = [f"run_id={run.run_id}", *run.point.words]
+        added = " ".join(shlex.quote(word) for word in words)
+        lines.append(f"  {number}) {line} ARGUMENTS+=({added}) ;;")
+    return ["case $SLURM_ARRAY_TASK_ID in", *lines, "esac"]
+
+
+def _indices(slurm: SlurmConfig, runs: Sequence[Run]) -> str:
+    most = f"%{slurm.sweep_at_once}" if slurm.sweep_at_once is not None else ""
+    return f"0-{len(runs) - 1}{most}"
+
+
+def _job_name(here: Path) -> str:
+    """By RUN/slurm/NUMBER."""
+    folder = here.parent.parent
+    return f"{folder.parent.name}-{folder.name}"
+
+
+def _seen(here: Path, run: Run) -> Path:
+    """What is known of a run before it begins."""
+    return here / run.point.name if run.point else here
 
 
 def render_environment(cluster: ClusterConfig, here: Path) -> str:
@@ -238,32 +331,50 @@ def render_environment(cluster: ClusterConfig, here: Path) -> str:
     return "\n".join(["# Sourced by the job and on every node.", *exports, *cluster.setup]) + "\n"
 
 
-def send(slurm: SlurmConfig, run_dir: Path, here: Path) -> list[str]:
+def send(slurm: SlurmConfig, runs: Sequence[Run], here: Path) -> list[str]:
     """Let SLURM look at the script, submit it, and say where to look."""
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch is not here: submit where SLURM is, or set dry_run=true")
     script = str(here / "job.sh")
-    said = _sbatch("--test-only", script)
-    for name in ("STOP", "DONE"):  # a submission is the wish to go on
-        (run_dir / name).unlink(missing_ok=True)
-    jobs = [_sbatch("--parsable", script).partition(";")[0] for _ in range(slurm.chain)]
+    said = _call("sbatch", "--test-only", script)
+    for run in runs:
+        for name in ("STOP", "DONE"):  # a submission is the wish to go on
+            (run.folder / name).unlink(missing_ok=True)
+    is_sweep, jobs = runs[0].point is not None, list[str]()
+    # Instead of singleton: those of this sweep that are there, then each after the one before it.
+    before = _queued(_job_name(here)) if is_sweep else []
+    for _ in range(slurm.chain):
+        after = [f"afterany:{job}" for job in before]
+        words = [f"--dependency={','.join([*after, *filter(None, [slurm.dependency])])}"]
+        jobs.append(
+            _call("sbatch", "--parsable", *(words if after else []), script).partition(";")[0]
+        )
+        before = jobs[-1:] if is_sweep else []
     (here / "jobs").write_text("".join(f"{job}\n" for job in jobs))
+    output = f"job-{jobs[0]}_0.out" if is_sweep else f"job-{jobs[0]}.out"
+    folder = f"{here.parent.parent}-*" if is_sweep else runs[0].folder
     return [
         f"SLURM: {said.removeprefix('sbatch: ')}",
-        f"job {' then '.join(jobs)}",
-        f"look:   squeue -j {','.join(jobs)}; tail -F {here}/job-{jobs[0]}.out",
-        f"        {run_dir}/train.log, metrics.jsonl, report.html",
-        f"stop:   touch {run_dir}/STOP (saves first), or scancel {' '.join(jobs)}",
+        f"job {' then '.join(jobs)}" + (f", {len(runs)} tasks" if is_sweep else ""),
+        f"look:   squeue -j {','.join(jobs)}; tail -F {here}/{output}",
+        f"        {folder}/train.log, metrics.jsonl, report.html",
+        f"stop:   touch {folder}/STOP (saves first), or scancel {' '.join(jobs)}",
     ]
 
 
-def _sbatch(*words: str) -> str:
-    command = ["sbatch", *words]
+def _queued(name: str) -> list[str]:
+    """Ids of the user's jobs of a name that wait or run; an array has one."""
+    words = ("-h", f"--user={os.geteuid()}", "-n", name, "-o", "%F")
+    return list(dict.fromkeys(_call("squeue", *words).split()))
+
+
+def _call(*command: str) -> str:
+    """What a command of SLURM's says; `ValueError` if it refuses."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     said = (done.stdout + done.stderr).strip()
     if done.returncode:
-        raise ValueError(f"sbatch refuses {words[-1]}: {said}")
-    return said if words[0] == "--test-only" else done.stdout.strip()
+        raise ValueError(f"{command[0]} refuses {command[-1]}: {said}")
+    return said if "--test-only" in command else done.stdout.strip()
 
 
 def _array(name: str, words: list[str]) -> str:

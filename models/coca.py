@@ -231,7 +231,7 @@ class CoCa(nn.Module):
         loss, right, temperature = self.contrast(images[:count], texts[:count], room)
         for block in list(self.layers)[self._num_unimodal :]:
             hidden = block(hidden, patches)
-        caption_loss = self.lm_head(self.norm(hidden), captions.labels)
+        caption_loss, _ = self.lm_head(self.norm(hidden), captions.labels)
         return CoCaLosses(caption_loss, loss, right, temperature)
 
     @property

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fulmen.kernels.cross_entropy import linear_cross_entropy, token_cross_entropy
+from fulmen.kernels.cross_entropy import summed_cross_entropy, token_cross_entropy
 from fulmen.kernels.norm import deepnorm, rms_norm
 from fulmen.models.chunks import in_chunks
 from fulmen.models.config import ModelConfig, MoEConfig
@@ -29,6 +29,8 @@ class LossOutput(NamedTuple):
     """`[layers, num_experts]` int64 assignments the routers asked for."""
     num_dropped: Tensor
     """int64 scalar: assignments over capacity, summed over layers."""
+    token_losses: Tensor | None = None
+    """`[batch, tokens]`: what `loss_sum` sums, without gradients; None where it is by document."""
 
 
 class Block(nn.Module):
@@ -93,7 +95,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """The output head: logits, or with labels the sum of their cross entropies."""
+    """The output head: logits, or with labels their cross entropies."""
 
     def forward(
         self,
@@ -102,10 +104,11 @@ class Head(nn.Linear):
         *,
         per_token: bool = False,
         lengths: Sequence[int] | None = None,
-    ) -> Tensor:
-        """`[batch, tokens, hidden_size]` to logits, to an fp32 scalar, or to one a token.
+    ) -> Any:
+        """`[batch, tokens, hidden_size]` to logits; with labels to the sum of losses, an fp32
+        scalar, and the loss of each token, without gradients.
 
-        With the `lengths` of documents, to one a document.
+        With `per_token` the latter alone; with the `lengths` of documents, a sum for each.
         """
         if labels is None:
             return super().forward(hidden)
@@ -116,7 +119,8 @@ class Head(nn.Linear):
             return document_cross_entropy(
                 hidden.flatten(0, 1), self.weight, labels.flatten(), lengths
             )
-        return linear_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
+        total, losses = summed_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
+        return total, losses.view(labels.shape)
 
 
 class TextModel(nn.Module):
@@ -173,11 +177,14 @@ class TextModel(nn.Module):
             return self.lm_head(hidden, labels, per_token=True)
         if per_document and document_lengths is None:
             raise ValueError("TextModel: per_document needs document_lengths")
+        found = self.lm_head(hidden, labels, lengths=document_lengths if per_document else None)
+        loss_sum, token_losses = (found, None) if per_document else found
         return LossOutput(
-            self.lm_head(hidden, labels, lengths=document_lengths if per_document else None),
+            loss_sum,
             torch.stack([s.aux_loss for s in stats]).sum(),
             torch.stack([s.counts for s in stats]),
             torch.stack([s.num_dropped for s in stats]).sum(),
+            token_losses,
         )
 
     def embed(self, input_ids: Tensor, images: Any = None, cache: Cache | None = None) -> Tensor:

@@ -23,7 +23,7 @@ GROUPS = {
     "memory_gib": "speed",
 }
 """Group of a row's key; the others are of `train`, and a key with a slash brings its own."""
-ALL_GROUPS = ("train", "eval", "grad_norm", "experts", "speed", "tokens")
+ALL_GROUPS = ("train", "loss", "eval", "grad_norm", "experts", "speed", "tokens")
 """Every group that a chart's name can begin with."""
 
 Load = Sequence[Sequence[float]]

@@ -55,6 +55,15 @@ def model_inputs(
     }
 
 
+def token_sources(batch: PackedBatch, mesh: Mesh) -> Tensor:
+    """`[1, tokens]` number of each token's source, for this rank's part, on its device."""
+    sources = batch.sources
+    assert sources is not None
+    tokens = sources.shape[1] // mesh.cp
+    part = sources[:, mesh.cp_rank * tokens : (mesh.cp_rank + 1) * tokens]
+    return to_device(part.contiguous(), mesh.device)
+
+
 def image_inputs(images: PackedImages, num_tokens: int, mesh: Mesh) -> Images:
     """The images of a micro-batch of `num_tokens`, for this rank's part of it.
 

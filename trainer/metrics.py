@@ -22,6 +22,8 @@ WANDB_CHOICES = ("online", "offline", "off")
 EVAL_PREFIX = "eval_loss/"
 """Of held-out cross entropies by source."""
 ACCOUNT_PREFIX = "tokens/"
+LOSS_PREFIX = "loss/"
+"""Of a step's cross entropies by source."""
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fulmen.data.loader import StepBatch
@@ -14,7 +15,8 @@ from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.evaluate import evaluate
-from fulmen.trainer.inputs import model_inputs
+from fulmen.trainer.inputs import model_inputs, token_sources
+from fulmen.trainer.metrics import LOSS_PREFIX
 from fulmen.trainer.step_stats import StepStats
 
 
@@ -125,23 +127,43 @@ class LanguageModelling(Objective):
 
     def begin_step(self, batch: StepBatch) -> None:
         self._num_labels = batch.num_labels
+        # Of a run's only source it would be the loss again.
+        self._labels = {
+            f"{LOSS_PREFIX}{source}": (number, count)
+            for number, (source, count) in enumerate(batch.labels.items())
+            if count and len(batch.labels) > 1
+        }
         self._stats = StepStats(
             self.config,
             self.mesh,
             num_micro_batches=len(batch.micro_batches),
-            names=("loss",),
+            names=("loss", *self._labels),
         )
 
     def loss(self, micro_batch: PackedBatch) -> Tensor:
         output = self.model(**model_inputs(micro_batch, self.mesh, self.config.model.vision))
         assert isinstance(output, LossOutput)
-        self._stats.add(output, loss=output.loss_sum)
+        self._stats.add(output, loss=output.loss_sum, **self._by_source(micro_batch, output))
         return output.loss_sum / self._num_labels + self._stats.weigh_aux_loss(output)
 
     def read_step(self) -> dict[str, Any]:
         reduced = self._stats.reduce()
-        return {"loss": reduced.sums["loss"] / self._num_labels, **reduced.of_routers}
+        by_source = {name: reduced.sums[name] / count for name, (_, count) in self._labels.items()}
+        return {"loss": reduced.sums["loss"] / self._num_labels, **by_source, **reduced.of_routers}
 
     def evaluate(self) -> dict[str, float]:
         losses = evaluate(self.model, self.held_out, self.mesh, self.config)
         return {f"loss/{source}": loss for source, loss in losses.items()}
+
+    @torch.no_grad()
+    def _by_source(self, micro_batch: PackedBatch, output: LossOutput) -> dict[str, Tensor]:
+        """Sums of this rank's losses, for each source that the step has anywhere."""
+        if not self._labels:
+            return {}
+        losses, sources = output.token_losses, token_sources(micro_batch, self.mesh)
+        assert losses is not None
+        # One after the other: sums in a fixed order, and none of them needs much memory.
+        return {
+            name: losses.where(sources == number, 0.0).sum(dtype=torch.float64)
+            for name, (number, _) in self._labels.items()
+        }

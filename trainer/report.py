@@ -31,7 +31,7 @@ from fulmen.trainer.curves import (
     series,
     training_seconds,
 )
-from fulmen.trainer.metrics import ACCOUNT_PREFIX, EVAL_PREFIX, read_metrics
+from fulmen.trainer.metrics import ACCOUNT_PREFIX, EVAL_PREFIX, LOSS_PREFIX, read_metrics
 from fulmen.trainer.reading.cards import CARDS_STYLE, picture_cards, score_names
 
 if TYPE_CHECKING:
@@ -305,12 +305,15 @@ def find_panels(rows: Rows) -> list[Panel]:
     keys = dict.fromkeys(key for row in rows for key in row if "/" in key)
     tower = accuracies(rows)
     known = {*tower.lines, *(EVAL_PREFIX + source for source in _sources(rows))}
-    parts: dict[str, str] = {}  # keys with their names, and the same by title
+    losses: dict[str, str] = {}  # keys with their names, and the same by title
+    parts: dict[str, str] = {}
     tasks: dict[str, dict[str, str]] = {}
     held_out: dict[str, dict[str, str]] = {}
     for key in keys:
         group, _, name = key.partition("/")
-        if group == "grad_norm":
+        if key.startswith(LOSS_PREFIX):
+            losses[key] = name
+        elif group == "grad_norm":
             parts[key] = name
         elif name.isdecimal():
             tasks.setdefault(f"Long texts, {group}", {})[key] = f"{int(name):,} tokens"
@@ -318,6 +321,7 @@ def find_panels(rows: Rows) -> list[Panel]:
             metric = group.removeprefix("eval_").replace("_", " ")
             held_out.setdefault(f"Held out, {metric}", {})[key] = name
     return [
+        Panel("Training loss by source", "nats per label", losses, bottom=None),
         *PANELS[:2],
         Panel("Gradient norm by part of the model", "norm", parts, bottom=None, log=True),
         *PANELS[2:],
@@ -400,7 +404,9 @@ def _draw(axes: "Axes", rows: Rows, panel: Panel) -> None:
     axes.set_yscale("log" if panel.log else "linear")
     axes.set_ylim(bottom=panel.bottom)
     axes.set_ylabel(panel.unit)
-    if len(panel.lines) > 1:
+    if len(panel.lines) > 3:  # these would hide the curves
+        axes.figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    elif len(panel.lines) > 1:
         axes.legend(frameon=False)
 
 

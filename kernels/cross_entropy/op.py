@@ -11,7 +11,13 @@ from fulmen.kernels.cross_entropy.reference import (
 )
 from fulmen.kernels.registry import choose
 
-__all__ = ["CHUNK_BYTES", "IGNORE_INDEX", "linear_cross_entropy", "token_cross_entropy"]
+__all__ = [
+    "CHUNK_BYTES",
+    "IGNORE_INDEX",
+    "linear_cross_entropy",
+    "summed_cross_entropy",
+    "token_cross_entropy",
+]
 
 CHUNK_BYTES = 256 * 2**20
 """Of the torch implementation: fp32 logits of one chunk; two of these are alive at once."""
@@ -35,6 +41,17 @@ def linear_cross_entropy(
         runs, backward scales these gradients in place: a second backward through one result raises
         torch's error about a tensor changed in place.
     """
+    return summed_cross_entropy(hidden, weight, labels, z_loss=z_loss)[0]
+
+
+def summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy`, and beside it the loss of each token, which it is the sum of.
+
+    These are `[tokens]` fp32 (fp64 for fp64), 0 where `IGNORE_INDEX`, without gradients; they cost
+    nothing more.
+    """
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(
             "linear_cross_entropy: hidden must be [tokens, hidden_size] and labels [tokens], "
@@ -49,9 +66,9 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: labels must be int64, got {labels.dtype}")
     reason = why_not_triton(hidden, weight)
     if choose("cross_entropy", ("triton", reason), ("torch", "")) == "triton":
-        from fulmen.kernels.cross_entropy.triton_cross_entropy import triton_linear_cross_entropy
+        from fulmen.kernels.cross_entropy.triton_cross_entropy import triton_summed_cross_entropy
 
-        return triton_linear_cross_entropy(hidden, weight, labels, z_loss=z_loss)
+        return triton_summed_cross_entropy(hidden, weight, labels, z_loss=z_loss)
     return chunked_linear_cross_entropy(
         hidden, weight, labels, z_loss=z_loss, chunk_bytes=CHUNK_BYTES
     )

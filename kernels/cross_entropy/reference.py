@@ -12,8 +12,8 @@ IGNORE_INDEX = -100
 
 def chunked_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float, chunk_bytes: int
-) -> Tensor:
-    """`linear_cross_entropy` with logits in fp32 at least and the weight's gradient summed in it.
+) -> tuple[Tensor, Tensor]:
+    """`summed_cross_entropy` with logits in fp32 at least and the weight's gradient summed in it.
 
     Args:
         chunk_bytes: of fp32 logits; at least one token is visited at a time.
@@ -22,16 +22,18 @@ def chunked_linear_cross_entropy(
         # A parameter asks for its gradient even under no_grad.
         hidden, weight = hidden.detach(), weight.detach()
     rows = max(1, chunk_bytes // (4 * weight.shape[0]))
-    return _LinearCrossEntropy.apply(hidden, weight, labels, z_loss, rows)
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, z_loss, rows)
+    return total, losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, rows: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         accumulate = accumulation_dtype(hidden)
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
+        losses = torch.empty(labels.shape, dtype=accumulate, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = (
             torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
@@ -47,7 +49,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits
             loss = z_loss * log_z.square() - log_probabilities.gather(1, index).squeeze(1)
             loss = loss.where(index.squeeze(1) == target, torch.nan)
-            total += loss.where(kept, 0.0).sum()
+            losses[part] = loss.where(kept, 0.0)
+            total += losses[part].sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = (1 + 2 z log Z) softmax - one_hot(label), 0 where ignored.
@@ -63,13 +66,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += low.t() @ chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = hidden.dtype
-        return total
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
     @staticmethod
     def backward(
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (grad_output,) = grad_outputs
+        grad_output, _ = grad_outputs
         # In grad_output's type: a bf16 tensor times a fp32 number would round the number first.
         hidden, weight = (
             None if grad is None else (grad.to(grad_output.dtype) * grad_output).to(ctx.dtype)

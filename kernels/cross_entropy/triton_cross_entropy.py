@@ -256,8 +256,8 @@ def _linear_cross_entropy(
     z_loss: float,
     need_hidden: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and its gradients (empty unless needed)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, that of each token, and its gradients (empty unless needed)."""
     tokens, hidden_size = hidden.shape
     labels = labels.contiguous()
     losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
@@ -290,7 +290,7 @@ def _linear_cross_entropy(
         )
     if total is not None:
         grad_weight.copy_(total.add_(grad_weight))
-    return losses.sum(), grad_hidden, grad_weight
+    return losses.sum(), losses, grad_hidden, grad_weight
 
 
 @_linear_cross_entropy.register_fake
@@ -301,9 +301,10 @@ def _(
     z_loss: float,
     need_hidden: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = torch.empty((), dtype=torch.float32, device=hidden.device)
-    return loss, *_new_gradients(hidden, weight, need_hidden, need_weight)
+    losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    return loss, losses, *_new_gradients(hidden, weight, need_hidden, need_weight)
 
 
 @torch.library.custom_op("fulmen::scale_", mutates_args=("x",))
@@ -324,7 +325,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # Without this, backward would be handed zeros as large as the gradients.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[2:])
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
@@ -353,13 +354,20 @@ _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
 def triton_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0
 ) -> Tensor:
-    """`linear_cross_entropy` by the Triton kernel, for fp32 or bf16 arguments that it has checked.
+    """`linear_cross_entropy` by the Triton kernel; see `triton_summed_cross_entropy`."""
+    return triton_summed_cross_entropy(hidden, weight, labels, z_loss=z_loss)[0]
+
+
+def triton_summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`summed_cross_entropy` by the Triton kernel, for fp32 or bf16 arguments that it has checked.
 
     fp32 products are torch's: exact unless the process allows TF32. Memory beyond the gradients is
     one slab and a fp32 copy of `[hidden_size, hidden_size]`, or CHUNK_BYTES.
     """
     wanted = torch.is_grad_enabled()
-    loss, _, _ = _linear_cross_entropy(
+    loss, losses, _, _ = _linear_cross_entropy(
         hidden,
         weight,
         labels,
@@ -367,4 +375,4 @@ def triton_linear_cross_entropy(
         wanted and hidden.requires_grad,
         wanted and weight.requires_grad,
     )
-    return loss
+    return loss, losses

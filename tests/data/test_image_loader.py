@@ -101,7 +101,7 @@ def open_loader(sources: Sources, **options: Any) -> PackedLoader:
 
 def assert_same(left: PackedBatch, right: PackedBatch) -> None:
     assert (left.num_tokens, left.pairs) == (right.num_tokens, right.pairs)
-    for name in ("input_ids", "labels", "cu_seqlens"):
+    for name in ("input_ids", "labels", "cu_seqlens", "sources"):
         assert torch.equal(getattr(left, name), getattr(right, name))
     assert left.images is not None
     assert right.images is not None
@@ -156,6 +156,9 @@ def test_each_step_adds_up(sources: Sources, folder: Path, text: str) -> None:
         images = [batch.images for batch in batches if batch.images is not None]
         assert step.num_tokens == sum(batch.num_tokens for batch in batches)
         assert step.num_labels == sum(int((batch.labels != -100).sum()) for batch in batches)
+        for number, name in enumerate(sorted(named)):
+            mine = [batch.labels[batch.sources == number] for batch in batches]
+            assert step.labels[name] == sum(int((labels != -100).sum()) for labels in mine)
         squares = 0
         for batch in batches:
             lengths = batch.cu_seqlens.diff().tolist()

@@ -56,15 +56,28 @@ def open_loader(sources: Sources, **options: Any) -> PackedLoader:
 def same(left: PackedBatch, right: PackedBatch) -> bool:
     return left.num_tokens == right.num_tokens and all(
         torch.equal(getattr(left, field), getattr(right, field))
-        for field in ("input_ids", "labels", "cu_seqlens")
+        for field in ("input_ids", "labels", "cu_seqlens", "sources")
     )
+
+
+def check_sources(step: StepBatch) -> None:
+    """Tokens and labels by source, against the account and the labels of the batches."""
+    for number, name in enumerate(step.account):
+        tokens = labels = 0
+        for batch in step.micro_batches:
+            assert batch.sources is not None
+            mine = batch.sources == number
+            tokens += int(mine[:, : batch.num_tokens].sum())
+            labels += int((batch.labels[mine] != -100).sum())
+        assert tokens == sum(step.account[name].values())
+        assert labels == step.labels[name]
 
 
 def facts(step: StepBatch) -> tuple[Any, ...]:
     """All that must be equal on every rank."""
     return (
         step.num_tokens,
-        step.num_labels,
+        step.labels,
         step.sum_squared_lengths,
         step.account,
         step.digest,
@@ -101,6 +114,7 @@ def test_totals(sources: Sources) -> None:
         assert step.num_tokens == sum(sum(row.values()) for row in step.account.values())
         labels = sum(int((batch.labels != -100).sum()) for batch in step.micro_batches)
         assert step.num_labels == labels
+        check_sources(step)
         squares = 0
         for batch in step.micro_batches:
             lengths = batch.cu_seqlens.diff().tolist()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fulmen.kernels.cross_entropy import linear_cross_entropy, op
+from fulmen.kernels.cross_entropy import linear_cross_entropy, op, summed_cross_entropy
 
 TOKENS, HIDDEN, VOCAB = 37, 12, 50
 
@@ -58,6 +58,17 @@ def test_loss_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
     for got, exact in zip(gradients, want_gradients, strict=True):
         assert got.dtype == dtype
         assert (got - 3 * exact).abs().max() <= tolerance * (3 * exact).abs().max()
+
+
+@pytest.mark.fast
+@pytest.mark.usefixtures("_chunks")
+def test_the_loss_of_each_token() -> None:
+    hidden, weight, labels = make(torch.float64)
+    total, losses = summed_cross_entropy(hidden, weight, labels)
+    want = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    torch.testing.assert_close(losses, want.detach(), rtol=1e-12, atol=1e-12)
+    assert not losses.requires_grad
+    assert total.item() == pytest.approx(losses.sum().item(), rel=1e-12)
 
 
 @pytest.mark.fast

@@ -27,6 +27,7 @@ from fulmen.kernels.cross_entropy.triton_cross_entropy import (
     _scale,
     plan_chunks,
     triton_linear_cross_entropy,
+    triton_summed_cross_entropy,
 )
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
@@ -77,9 +78,13 @@ def compare(
     """Loss and gradients of 3 times the loss, of the Triton path and in fp64."""
     want, *want_gradients = reference(hidden, weight, labels, z_loss=z_loss)
     leaves = on_device(hidden, weight)
-    loss = triton_linear_cross_entropy(*leaves, labels.to(DEVICE), z_loss=z_loss)
-    assert loss.dtype == torch.float32
+    loss, losses = triton_summed_cross_entropy(*leaves, labels.to(DEVICE), z_loss=z_loss)
+    assert loss.dtype == losses.dtype == torch.float32
     assert_near(loss, want, tolerance, "loss")
+    assert not losses.requires_grad
+    alone = [reference(hidden[i : i + 1], weight, labels[i : i + 1], z_loss=z_loss)[0]
+             for i in range(len(labels))]  # fmt: skip
+    assert_near(losses, torch.stack(alone), tolerance, "losses")
     gradients = torch.autograd.grad(3 * loss, leaves)
     for name, x, got, exact in zip("xw", leaves, gradients, want_gradients, strict=True):
         assert got.dtype == x.dtype
@@ -365,7 +370,7 @@ def test_text01s_vocabulary(tokens: int, monkeypatch: pytest.MonkeyPatch) -> Non
     loss = linear_cross_entropy(*leaves, labels, z_loss=1e-4)
     (loss / tokens).backward()
     assert torch.cuda.max_memory_allocated() - before <= 3 * 2**30
-    wanted = op.chunked_linear_cross_entropy(
+    wanted, _ = op.chunked_linear_cross_entropy(
         *leaves, labels, z_loss=1e-4, chunk_bytes=op.CHUNK_BYTES
     )
     assert_near(loss, wanted, 1e-4, "loss")

@@ -32,7 +32,7 @@ def test_each_metric_with_a_group_is_shown() -> None:
     shown = {key for chart in charts for key in chart.keys} | {"expert_load"}
     assert set(GROUPS) <= shown
     groups = {chart_name(key).split("/")[0] for key in shown}
-    groups |= {chart.names.split("/")[0] for chart in charts if chart.names}
+    groups |= {chart.names.lstrip("^").split("/")[0] for chart in charts if chart.names}
     assert groups == set(ALL_GROUPS)
 
 

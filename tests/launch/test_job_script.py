@@ -11,7 +11,8 @@ import pytest
 from support.tiny import ROOT
 
 from fulmen.launch.cluster import ClusterConfig
-from fulmen.launch.submit import SlurmConfig, render_environment, render_job
+from fulmen.launch.submit import Run, SlurmConfig, SubmitConfig, render_environment, render_job
+from fulmen.launch.sweep import Point
 
 pytestmark = pytest.mark.fast
 
@@ -25,7 +26,7 @@ SCONTROL = """#!/bin/bash
 case "$*" in
   "-o show node"*) echo "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
   "show hostnames"*) printf 'n1\\nn2\\n' ;;
-  requeue*) echo "requeue" >>calls; kill -TERM $PPID ;;
+  requeue*) echo "$*" >>calls; kill -TERM $PPID ;;
 esac
 """
 SBATCH = """#!/bin/bash
@@ -63,8 +64,12 @@ class Job:
         cluster = ClusterConfig(gpus_per_node=0)
         (self.here / "environment.sh").write_text(render_environment(cluster, self.here))
         (self.here / "job.sh").write_text(
-            render_job(slurm, cluster, self.run, self.here, ["a=b c"])
+            render_job(slurm, cluster, self.runs(), self.here, ["a=b c"])
         )
+
+    def runs(self) -> list[Run]:
+        """Of the submission."""
+        return [Run("run", self.run, SubmitConfig(), None, "", None)]
 
     def start(self, *scenario: str, **environment: str) -> subprocess.Popen[str]:
         (self.folder / "scenario").write_text("".join(f"{line}\n" for line in scenario))
@@ -88,12 +93,15 @@ class Job:
     def go(self, *scenario: str, **environment: str) -> Outcome:
         return self.finish(self.start(*scenario, **environment))
 
-    def signal_while(self, process: subprocess.Popen[str], number: int) -> None:
-        """As soon as the training's `touch begun` is done."""
+    def wait_for_training(self) -> None:
+        """Until its `touch begun` is done."""
         deadline = time.monotonic() + 30
         while not (self.folder / "begun").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+    def signal_while(self, process: subprocess.Popen[str], number: int) -> None:
+        self.wait_for_training()
         process.send_signal(number)
 
 
@@ -122,7 +130,7 @@ def test_before_the_time_limit_it_stops_and_is_requeued(job: Job) -> None:
     process = job.start(GOOD, WAIT)
     job.signal_while(process, signal.SIGUSR1)
     done = job.finish(process)
-    assert done.calls[-1] == "requeue"
+    assert done.calls[-1] == "requeue 7"
     assert "USR1: the run saves and stops" in done.output
     assert not (job.run / "STOP").exists()
 
@@ -132,7 +140,7 @@ def test_requeues_are_limited(job: Job) -> None:
     job.signal_while(process, signal.SIGUSR1)
     done = job.finish(process)
     assert done.code == 0
-    assert "requeue" not in done.calls
+    assert "requeue 7" not in done.calls
     assert "slurm.requeues=20: submit again to go on" in done.output
 
 
@@ -142,12 +150,13 @@ def test_a_chain_hands_over(tmp_path: Path) -> None:
     job.signal_while(process, signal.SIGUSR1)
     done = job.finish(process)
     assert done.code == 0
-    assert "requeue" not in done.calls
+    assert "requeue 7" not in done.calls
     assert not (job.run / "STOP").exists()
 
 
 def test_a_stop_by_hand_holds_for_the_jobs_after_it(job: Job) -> None:
     process = job.start(GOOD, WAIT)
+    job.wait_for_training()  # before it, the script may take the file away
     (job.run / "STOP").touch()
     done = job.finish(process)
     assert done.code == 0
@@ -204,6 +213,56 @@ def test_no_job_takes_over(why: str, tmp_path: Path) -> None:
     done = job.go(bad, FULMEN_REPLACED="20" if why == "often" else "0")
     assert done.code == 3
     assert len(done.calls) == 1
+
+
+SQUEUE = '#!/bin/bash\necho "squeue $*" >>calls; cat queue\n'
+TASK = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_NAME": "sweep"}
+
+
+class Task(Job):
+    """Task 1 of an array of two."""
+
+    def runs(self) -> list[Run]:
+        (self.folder / "squeue").write_text(SQUEUE)
+        (self.folder / "squeue").chmod(0o755)
+        (self.here / "seed_1").mkdir()
+        points = [Point(f"seed_{n}", (f"seed={n}",)) for n in (0, 1)]
+        folders = [self.folder / "other", self.run]
+        return [
+            Run(f"x-{point.name}", folder, SubmitConfig(), point, "", None)
+            for point, folder in zip(points, folders, strict=True)
+        ]
+
+
+def test_a_task_of_an_array_is_a_run_of_its_own(tmp_path: Path) -> None:
+    task = Task(tmp_path, sweep={"seed": [0, 1]}, sweep_at_once=1)
+    script = (task.here / "job.sh").read_text()
+    assert "#SBATCH --array=0-1%1\n" in script
+    assert "singleton" not in script.partition("\n\n")[0]
+    process = task.start(GOOD, WAIT, **TASK)
+    task.signal_while(process, signal.SIGUSR1)
+    done = task.finish(process)
+    assert f"output={task.here}/seed_1 " in done.calls[0]
+    assert done.calls[1].endswith("_ a=b c run_id=x-seed_1 seed=1")
+    # By the array's id and the task's number: the former alone is all of them.
+    assert done.calls[2] == "requeue 6_1"
+
+
+@pytest.mark.parametrize("queued", ["6 0\n6 1\n9 0\n", "6 1\n9 1\n"])
+def test_a_task_without_the_bad_nodes_takes_over_unless_one_waits(
+    queued: str, tmp_path: Path
+) -> None:
+    task = Task(tmp_path, sweep={"seed": [0, 1]})
+    (tmp_path / "queue").write_text(queued)
+    done = task.go(BAD.replace("slurm/1/", "slurm/1/seed_1/"), **TASK)
+    assert done.code == 3
+    assert done.calls[1] == f"squeue -h -r --user={os.geteuid()} -n sweep -o %F %K"
+    if "9 1" in queued:
+        assert "the next job of this run goes on" in done.output
+        assert len(done.calls) == 2
+    else:
+        words = "--parsable --export=ALL --array=1 --dependency=afterany:6_1 --exclude=n2"
+        assert done.calls[2] == f"sbatch {words} {task.here}/job.sh FULMEN_REPLACED=1"
 
 
 def test_the_templates_shell_has_no_mistakes() -> None:

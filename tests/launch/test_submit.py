@@ -12,6 +12,7 @@ from support.tiny import ROOT, compose_config
 from fulmen.launch.cluster import ClusterConfig, read_cluster
 from fulmen.launch.snapshot import ROOMS, snapshot
 from fulmen.launch.submit import (
+    Run,
     SlurmConfig,
     SubmitConfig,
     check_slurm,
@@ -107,7 +108,9 @@ def test_edits_do_not_reach_a_job(tmp_path: Path) -> None:
 def test_what_the_clusters_file_says_is_in_the_job(tmp_path: Path) -> None:
     cluster = read_cluster(str(EXAMPLE))
     slurm = SlurmConfig(nodes=256, time="48:00:00", chain=3, dependency="afterok:7", exclude="n9")
-    script = render_job(slurm, cluster, tmp_path / "text01" / "a", tmp_path, ["recipe=text01"])
+    folder = tmp_path / "text01" / "a"
+    run = Run("a", folder, SubmitConfig(), None, "", None)
+    script = render_job(slurm, cluster, [run], folder / "slurm" / "1", ["recipe=text01"])
     head = script.partition("\n\n")[0]
     for line in (
         "--job-name=text01-a",

@@ -57,18 +57,30 @@ _NODE = (
 )
 
 
-def missing_programs() -> list[str]:
-    """The programs of SLURM that this machine lacks, after a try to install them."""
+def why_no_slurm() -> str:
+    """Why there is no SLURM on this machine, after a try to install it; empty if there is."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-        print("installing SLURM's Debian packages", file=sys.stderr)
-        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *PACKAGES]
-        for command in (["apt-get", "update", "-q"], install):
-            subprocess.run(command, env=quiet, stdout=subprocess.DEVNULL, timeout=300)
-        missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    return missing
+    if not missing:
+        return ""
+    lacks = f"{', '.join(missing)} are missing, and cannot be installed: "
+    if shutil.which("apt-get") is None:
+        return f"{lacks}there is no apt-get"
+    if os.geteuid() != 0:
+        return f"{lacks}that needs root (apt-get install {' '.join(PACKAGES)})"
+    print("installing SLURM's Debian packages", file=sys.stderr)
+    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *PACKAGES]
+    said = ""
+    for command in (["apt-get", "update", "-q"], install):
+        try:
+            done = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            return f"{lacks}{' '.join(command[:2])} took more than 300 s"
+        said = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
+    if any(shutil.which(name) is None for name in PROGRAMS):
+        return f"{lacks}apt-get install says {said!r}"
+    return ""
 
 
 class MiniCluster:

@@ -54,6 +54,15 @@ def test_accuracies_of_a_tower(tmp_path: Path) -> None:
     assert facts["Final accuracy, zero-shot, digits"] == "37.5%"
 
 
+def test_training_loss_by_source(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", **{"loss/web": 7.5, "loss/8192": 6.5})
+    page = write_report(tmp_path / "run").read_text()
+    labels = [value for name, value in Page(page).attributes if name == "aria-label"]
+    assert labels[:2] == ["Loss", "Training loss by source"]
+    assert not any("Long texts" in label for label in labels if label)
+    assert ">web<" in page
+
+
 def test_page_holds_curves_values_config_and_samples(tmp_path: Path) -> None:
     run_dir = tmp_path / "text01_tiny" / "run-1"
     write_run(run_dir, mfu=0.41)

@@ -37,7 +37,8 @@ with MetricsLogger(
 ) as metrics:
     for step in range(first, last + 1):
         metrics.log_step({"step": step, "tokens": 100 * step, "loss": 5.0 / step, "mfu": None,
-                          "mfu_palm": 0.5, "grad_norm/head": 0.25, "batch_digest": "ab"})
+                          "mfu_palm": 0.5, "grad_norm/head": 0.25, "loss/web": 1.5,
+                          "batch_digest": "ab"})
     if first == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     metrics.log_eval(last, 100 * last, {"loss/stdlib": 2.5})
@@ -76,19 +77,20 @@ def test_killed_run_loses_no_row_and_a_resumed_one_reads_back_from_wandb(tmp_pat
         for record in records["history"]
     ]
     *steps, last = history
-    shared = {"speed/mfu_palm": 0.5, "grad_norm/head": 0.25}
+    shared = {"speed/mfu_palm": 0.5, "grad_norm/head": 0.25, "loss/web": 1.5}
     assert steps == [
         {"_step": 4, "tokens": 400, "train/loss": 1.25, **shared},
         {"_step": 5, "tokens": 500, "train/loss": 1.0, **shared},
         {"_step": 6, "tokens": 600, "train/loss": 5.0 / 6, **shared, "eval/loss/stdlib": 2.5},
     ]
     image = {key.removeprefix("experts/expert_load."): value for key, value in last.items()}
+    assert (last["_step"], last["tokens"], last["train/loss"]) == (7, 700, "NaN")
     assert (image["_type"], image["width"], image["height"]) == ("image-file", 16, 16)
     assert (path.parent / "files" / image["path"]).is_file()
     (alert,) = records["alert"]
     assert alert["title"] == "loss is nan"
     axes = {m["glob_name"]: m["step_metric"] for m in records["metric"] if "glob_name" in m}
-    groups = ("train", "eval", "grad_norm", "experts", "speed", "tokens")
+    groups = ("train", "loss", "eval", "grad_norm", "experts", "speed", "tokens")
     assert axes == {f"{group}/*": "tokens" for group in groups}
     assert [record["exit_code"] for record in records["exit"]] == [0]
 
