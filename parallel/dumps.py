@@ -31,7 +31,7 @@ MOST = 3
 """Dumps of one process."""
 FOLDERS = 10
 """Newest folders that are kept."""
-WRITE_S = 10.0
+WRITE_S = 5.0
 """Time limit of a dump, and of a line of the log."""
 _LAST = 20
 """Collectives that the text shows."""

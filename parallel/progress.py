@@ -49,7 +49,7 @@ Result = TypeVar("Result")
 REPORT_AT = 0.8
 """Of the time limit of a collective."""
 END_AT, END_LATER_S = 1.25, 10.0
-"""Of the same limit, but at least so many seconds after it: collectives end by themselves before."""
+"""Of that limit, and at least so many seconds after it: collectives end by themselves before."""
 PATIENCE = 6.0
 """Times the limit outside of a step, and in the first one, which compiles kernels."""
 CLOSING_S = 60.0
@@ -272,6 +272,8 @@ class Watch:
         folder = None if run_dir is None else run_dir / FOLDER / self._agree_on_name()
         self._dumps = Dumps(folder, rank)
         self._dumped = False
+        # An orphan would train on beside the processes that are started in its place.
+        self._parent = os.getppid()
         self._beat = 0
         self._end = ""
         self._failed = False
@@ -286,6 +288,7 @@ class Watch:
         phase("start-up", START)
         _HERE.steps = 0
         self._send()
+        self._arm()
         self._thread.start()
         _WATCH = self
 
@@ -338,8 +341,9 @@ class Watch:
     def _run(self) -> None:
         reported = None
         while not self._stop.wait(INTERVAL_S):
-            # Counted from the last time that this thread could run.
-            faulthandler.dump_traceback_later(self._end_s + END_LATER_S, exit=True, file=2)
+            self._arm()
+            if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                self.end("torchrun, which watches over it, has ended: so does this process")
             self._send()
             position = _HERE.step, _HERE.count
             waited = time.monotonic() - _HERE.since
@@ -361,6 +365,10 @@ class Watch:
                     self._report(headline, self._seen)
             elif not self._dumped and self._use_store(lambda: self._store.check(["dump"])):
                 self._dump("another rank stands still")
+
+    def _arm(self) -> None:
+        """End the process if this is not called again, because no Python thread can run."""
+        faulthandler.dump_traceback_later(self._end_s + END_LATER_S, exit=True, file=2)
 
     def _dump(self, why: str) -> None:
         self._dumped = True
