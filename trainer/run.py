@@ -32,6 +32,9 @@ from fulmen.trainer.stages import Stage, fault_of, list_stages
 from fulmen.trainer.start import find_start
 from fulmen.trainer.unigram import unigram_loss
 
+LOST_S = 10.0
+"""For the end of a run whose ranks do not answer each other."""
+
 
 def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
     """Train to the end of the run, or of the last stage that these processes can run.
@@ -47,8 +50,7 @@ def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
     start_logging(run_dir, rank)
     log.info("run folder %s, %d process(es) on %s", run_dir, world_size, device.type)
     trainer, is_first = None, True
-    # What a save still needs; where a collective failed, its ranks are not there any more.
-    closing_s = config.checkpoint.timeout_s + CLOSING_S
+    closing_s, closing = config.checkpoint.timeout_s + CLOSING_S, "to close the run"
     try:
         with watched(
             rank,
@@ -67,14 +69,14 @@ def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
                 trainer, is_first = None, False
                 give_back(device)
     except Exception as error:
-        if isinstance(error, ExchangeError):
-            closing_s = CLOSING_S
+        if isinstance(error, ExchangeError):  # for a save under way ranks are missing, too
+            closing_s, closing = LOST_S, f"to close the run, which stops for {error},"
         if trainer is not None or isinstance(error, ExchangeError):
             log.exception("the run stops")  # into the log file too, which outlives the terminal
         raise
     finally:
         if trainer is not None:
-            with ends_within(closing_s, "to close the run"):
+            with ends_within(closing_s, closing):
                 trainer.close()
     if rank == 0:
         try:
