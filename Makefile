@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup data questions pretrain pretrain-stages vl-data pretrain-vl test test-gpu test-mesh test-stages test-slurm test-fast check bench clean
+.PHONY: help setup data questions pretrain pretrain-stages vl-data pretrain-vl test test-gpu test-mesh test-stages test-slurm test-chaos test-fast check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -122,6 +122,9 @@ test-stages: $(STAMP) data questions  ## stages of text01_tiny_1m and vl01_tiny,
 
 test-slurm: $(STAMP)  ## jobs on a SLURM of four nodes, which it installs and brings up (minutes)
 	@$(BIN)/python -m pytest -m slurm -rs tests/slurm
+
+test-chaos: $(STAMP)  ## one run under twenty random kills, stalls and full disks (minutes; some need root)
+	@$(BIN)/python -m pytest -m chaos -rs -s tests/chaos
 
 test-fast: $(STAMP)  ## the tier for each save
 	@$(BIN)/python -m pytest -m fast

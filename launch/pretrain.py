@@ -1,5 +1,6 @@
 """Train: `torchrun --nproc-per-node 8 launch/pretrain.py recipe=text01_tiny [key=value ...]`."""
 
+import faulthandler
 import os
 import sys
 from dataclasses import asdict
@@ -22,11 +23,14 @@ def train(config: RunConfig, recipe: str) -> None:
     # torch takes seconds to import; a mistake in the configuration is told before that.
     import torch.distributed as dist
 
-    from fulmen.parallel.progress import ExchangeError
+    from fulmen.parallel.progress import CLOSING_S, PATIENCE, ExchangeError, ends_within
     from fulmen.parallel.rendezvous import join_world
     from fulmen.trainer.health import HealthError
     from fulmen.trainer.run import run
 
+    # Until the run is watched: a file system may not answer.
+    start_s = config.parallel.rendezvous_timeout_s + PATIENCE * config.parallel.timeout_s
+    faulthandler.dump_traceback_later(start_s, exit=True)
     device = join_world(
         asdict(config),
         timeout_s=config.parallel.timeout_s,
@@ -37,7 +41,8 @@ def train(config: RunConfig, recipe: str) -> None:
     except (ExchangeError, HealthError) as error:
         sys.exit(f"error: {error}")  # the traceback is in the log
     finally:
-        dist.destroy_process_group()
+        with ends_within(CLOSING_S, "to leave the other ranks"):
+            dist.destroy_process_group()
 
 
 def main() -> None:

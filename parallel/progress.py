@@ -16,23 +16,31 @@ ones: wrap a ring as a whole, not its sends, which a rank may skip.
 With NCCL the host runs ahead of its device and the process waits at the next read of a result, in
 the phase it is in by then, up to torch's own time limit, which ends the process without a Python
 exception. The report is there before that: `REPORT_AT` of the limit.
+
+With a report all ranks leave a dump (parallel/dumps.py). A process that still stands where it
+stood at `END_AT` of the limit ends itself, also where it is the only one and nobody waits for it;
+and one whose watch cannot run, because a thread that waits in the kernel holds Python's lock, is
+ended by a thread of `faulthandler`, which needs no lock.
 """
 
+import datetime
+import faulthandler
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
+from fulmen.parallel.dumps import FOLDER, WRITE_S, Dumps, tell, within
 from fulmen.parallel.rendezvous import name_ranks, of_attempt, open_store
 
 log = logging.getLogger("fulmen")
@@ -40,6 +48,15 @@ Result = TypeVar("Result")
 
 REPORT_AT = 0.8
 """Of the time limit of a collective."""
+END_AT, END_LATER_S = 1.25, 10.0
+"""Of that limit, and at least so many seconds after it: collectives end by themselves before."""
+PATIENCE = 6.0
+"""Times the limit outside of a step, and in the first one, which compiles kernels."""
+CLOSING_S = 60.0
+"""For what a process still does after a failure."""
+EXIT_HUNG = 75
+"""Status of a process that ended itself (EX_TEMPFAIL: try again)."""
+_OF_A_STEP = ("data", "forward", "backward", "gradient norm", "optimiser", "statistics")
 INTERVAL_S = 1.0
 """Between two signs of life."""
 _SILENT_AFTER = 3
@@ -67,6 +84,8 @@ class _Position:
     group: dist.ProcessGroup | None = None
     """Of the innermost exchange; None is the whole world, or nobody."""
     since: float = 0.0
+    patient: bool = True
+    """Whether it may take `PATIENCE` times as long as a part of a step."""
 
 
 _HERE = _Position()
@@ -78,6 +97,7 @@ def phase(name: str, step: int | None = None) -> None:
         _HERE.step, _HERE.count, _HERE.steps = step, 0, _HERE.steps + 1
     _HERE.count += 1
     _HERE.name, _HERE.group, _HERE.since = name, None, time.monotonic()
+    _HERE.patient = _HERE.steps <= 1 or name not in _OF_A_STEP
 
 
 def place() -> str:
@@ -158,7 +178,7 @@ def describe(signs: dict[int, Sign | None], silent: dict[int, float], asked: set
     said = [f"{name_ranks(ranks)}: {text}" for text, ranks in lines.items()]
     if missing:
         said.append(f"missing: {name_ranks(missing)}")
-    else:
+    elif len(signs) > 1:
         said.append("all ranks are at the same place: look at the network and the devices")
     return "\n  ".join(said)
 
@@ -168,21 +188,58 @@ def _numbered(step: int, count: int) -> str:
 
 
 @contextmanager
-def watched(rank: int, world_size: int, timeout_s: float) -> Iterator[None]:
-    """Watch over what runs inside; a collective that fails there becomes an `ExchangeError`."""
-    if world_size == 1:
-        yield
-        return
-    watch = Watch(rank, world_size, timeout_s)
+def watched(
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    *,
+    run_dir: Path | None = None,
+    patience_s: float = 0.0,
+) -> Iterator[None]:
+    """Watch over what runs inside; a collective that fails there becomes an `ExchangeError`.
+
+    Args:
+        timeout_s: time limit of a collective, and of a part of a step.
+        run_dir: folder for dumps; None = none.
+        patience_s: what is no part of a step may take so long, if that is above `PATIENCE` times
+            the limit.
+    """
+    watch = Watch(rank, world_size, timeout_s, run_dir, patience_s)
     try:
         yield
     except Exception as error:
-        if not _is_of_a_collective(error):
-            watch.stop_for(error)
-            raise
-        raise watch.explain(error) from error
+        with ends_within(CLOSING_S, "to tell the other ranks of a failure"):
+            if not _is_of_a_collective(error):
+                watch.stop_for(error)
+                raise
+            raise watch.explain(error) from error
     finally:
         watch.close()
+
+
+def end_process(reason: str) -> NoReturn:
+    """End this process, which cannot go on, at once: no thread is joined, nothing is cleaned up.
+
+    The log, standard error, a dump, and the other ranks say why.
+    """
+    if _WATCH is not None:
+        _WATCH.end(reason)
+    tell(f"error: {reason}")
+    within(WRITE_S, lambda: log.error("%s", reason))
+    os._exit(EXIT_HUNG)
+
+
+@contextmanager
+def ends_within(seconds: float, what: str) -> Iterator[None]:
+    """End the process if what runs inside takes longer."""
+    reason = f"{what} took longer than {seconds:.0f} s: this process ends itself"
+    timer = threading.Timer(seconds, end_process, [reason])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _is_of_a_collective(error: Exception) -> bool:
@@ -190,13 +247,33 @@ def _is_of_a_collective(error: Exception) -> bool:
     return is_gloo or isinstance(error, dist.DistError)
 
 
+_WATCH: "Watch | None" = None
+"""Of this process, while it is watched."""
+
+
 class Watch:
     """A thread that tells the other ranks where this one is, and reports when it stands still."""
 
-    def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
-        self._store = dist.PrefixStore(of_attempt("progress"), open_store(timeout_s))
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        run_dir: Path | None = None,
+        patience_s: float = 0.0,
+    ) -> None:
+        global _WATCH
+        store = open_store(timeout_s) if world_size > 1 else dist.HashStore()
+        self._store = dist.PrefixStore(of_attempt("progress"), store)
         self._rank, self._ranks = rank, range(world_size)
         self._limit_s = REPORT_AT * timeout_s
+        self._end_s = max(END_AT * timeout_s, timeout_s + END_LATER_S)
+        self._patience_s = max(PATIENCE * timeout_s, patience_s)
+        folder = None if run_dir is None else run_dir / FOLDER / self._agree_on_name()
+        self._dumps = Dumps(folder, rank)
+        self._dumped = False
+        # An orphan would train on beside the processes that are started in its place.
+        self._parent = os.getppid()
         self._beat = 0
         self._end = ""
         self._failed = False
@@ -211,12 +288,17 @@ class Watch:
         phase("start-up", START)
         _HERE.steps = 0
         self._send()
+        self._arm()
         self._thread.start()
+        _WATCH = self
 
     def close(self) -> None:
         """End the thread; the others are told that this rank has left."""
+        global _WATCH
+        _WATCH = None
         self._stop.set()
-        self._thread.join()
+        self._thread.join(WRITE_S)  # it may hang with the file system, as anything
+        faulthandler.cancel_dump_traceback_later()
         if not self._end:
             self._end = LEFT
             self._send()
@@ -234,37 +316,80 @@ class Watch:
         reason = f"{error}".strip().partition("\n")[0][:200]
         self._failed, place = True, self._place()
         self._use_store(lambda: self._store.set("alarm", "1"))
+        self._dump(f"{place} failed")
         self._look_once()
         self._end = GAVE_UP
         self._send()
         self._linger()
-        return ExchangeError(f"{place} failed: {reason}\n  {self._seen}")
+        return ExchangeError(f"{place} failed: {reason}\n  {self._seen}{self._name_dumps()}")
+
+    def end(self, reason: str) -> NoReturn:
+        """Tell all who can hear it that this process ends, and end it."""
+        self._failed, self._end = True, f"stopped: {reason}"[:200]
+        text = f"rank {self._rank} is in {self._place()}: {reason}"
+        tell(f"error: {text}{self._name_dumps()}")
+        within(WRITE_S, self._alarm)
+        self._dumps.write(reason)
+        within(WRITE_S, lambda: log.error("%s%s", text, self._name_dumps()))
+        within(WRITE_S, self._linger)
+        os._exit(EXIT_HUNG)
+
+    def _alarm(self) -> None:
+        self._send()
+        self._use_store(lambda: self._store.set("alarm", "1"))
 
     def _run(self) -> None:
         reported = None
         while not self._stop.wait(INTERVAL_S):
+            self._arm()
+            if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                self.end("torchrun, which watches over it, has ended: so does this process")
             self._send()
             position = _HERE.step, _HERE.count
             waited = time.monotonic() - _HERE.since
+            if waited >= (self._patience_s if _HERE.patient else self._end_s) and not self._failed:
+                self.end(f"it stands still for {waited:.0f} s and ends itself")
             if waited >= self._limit_s and position != reported:
                 reported = position
                 headline = f"rank {self._rank} is in {self._place()} for {waited:.0f} s"
                 if _HERE.steps == 1:
                     headline += " (the first step also compiles kernels)"
+                self._use_store(lambda: self._store.set("dump", "1"))
+                self._dump(headline)
                 self._report(headline, self._look())
             elif not self._seen and self._use_store(lambda: self._store.check(["alarm"])):
+                self._dump("another rank failed")
                 self._look_once()
                 if not self._failed:  # else its error says it
                     headline = f"a rank failed; rank {self._rank} is in {self._place()}"
                     self._report(headline, self._seen)
+            elif not self._dumped and self._use_store(lambda: self._store.check(["dump"])):
+                self._dump("another rank stands still")
+
+    def _arm(self) -> None:
+        """End the process if this is not called again, because no Python thread can run."""
+        faulthandler.dump_traceback_later(self._end_s + END_LATER_S, exit=True, file=2)
+
+    def _dump(self, why: str) -> None:
+        self._dumped = True
+        self._dumps.write(why)
+
+    def _name_dumps(self) -> str:
+        return "" if self._dumps.folder is None else f"\n  stacks: {self._dumps.folder}"
+
+    def _agree_on_name(self) -> str:
+        """The same folder for the dumps of all ranks of a start: its time."""
+        now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        return self._store.compare_set("dumps", "", now).decode()
 
     def _report(self, headline: str, seen: str) -> None:
         if self._stop.is_set():
             return  # the run ended, as it had to or by an error that all ranks agree on
-        text = f"{headline}\n  {seen}"
-        log.error("%s", text)
-        if self._rank != 0 and "missing: rank 0" in text:
-            print(text, file=sys.stderr, flush=True)  # only rank 0 logs to the console
+        text = f"{headline}\n  {seen}{self._name_dumps()}"
+        logged = within(WRITE_S, lambda: log.error("%s", text))
+        # Only rank 0 logs to the console.
+        if not logged or (self._rank != 0 and "missing: rank 0" in text):
+            tell(text)
 
     def _place(self) -> str:
         among = "" if _HERE.group is None else f" among {name_ranks(self._asked())}"

@@ -64,6 +64,8 @@ def join_world(
             raise ValueError("the environment sets RANK but not LOCAL_RANK: start with torchrun")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
+        # Collectives that NCCL's flight recorder keeps, for dumps; 0 by default in some versions.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     else:
         device, backend = torch.device("cpu"), "gloo"
     rank, world_size = 0, 1

@@ -3,46 +3,80 @@
 A checkpoint is a folder of torch's distributed checkpoint (DCP) with logical tensors by name
 (`model.*`, `exp_avg.*`, `exp_avg_sq.*`, all fp32), the trainer's state and configuration as text,
 and a manifest with a checksum of every file. It is written under a temporary name and renamed when
-whole; `latest` then points to it.
+whole; `latest` then points to it, and only then are old ones deleted.
+
+A save that fails on any rank, mostly for a full disk, fails on all: what there is of it is removed,
+training goes on, and the next one that is due tries again. One that takes too long ends the
+process, because a thread that waits for a file system cannot be stopped.
 """
 
+import concurrent.futures
+import datetime
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from fulmen.parallel.progress import end_process
+from fulmen.trainer.config import CheckpointConfig
+from fulmen.trainer.disk import describe_space
 from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, describe, verify, write_manifest
 from fulmen.trainer.run_log import log
 
 STATE_FILE = "trainer_state.json"
 LATEST = "latest"
+TIMEOUT_S = 1800.0
+"""Time limit of a save."""
 Result = TypeVar("Result")
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written, as all ranks know; those before it are untouched."""
 
 
 class Checkpointer:
     """Writes and finds the checkpoints of one run; every method is called by all ranks."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, timeout_s: float = TIMEOUT_S, max_failures: int = 1
+    ) -> None:
+        """`max_failures` is the number of saves in a row that fail and end the run."""
         self.folder = folder
-        self._keep = keep
+        self.on_failure: Callable[[str], None] = lambda text: None
+        """Gets on rank 0, from the writing thread, why a save failed."""
+        self._keep, self._timeout_s, self._max_failures = keep, timeout_s, max_failures
+        self._failures, self._began = 0, 0.0
         # Collectives of the writing thread must not mix with those of training.
-        self._group = dist.new_group(backend="gloo")
+        limit = datetime.timedelta(seconds=timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=limit)
         self._rank = dist.get_rank(self._group)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
         self._host_meshes: dict[DeviceMesh, DeviceMesh] = {}
+
+    @classmethod
+    def of_run(cls, run_dir: Path, config: CheckpointConfig) -> "Checkpointer":
+        """That of a run's own checkpoints."""
+        return cls(
+            run_dir / "checkpoints",
+            keep=config.keep,
+            timeout_s=config.timeout_s,
+            max_failures=config.max_failures,
+        )
 
     def save(
         self,
@@ -54,22 +88,67 @@ class Checkpointer:
     ) -> None:
         """Copy the tensors and write them in the background; waits for the save before it.
 
+        That one may have failed: `SaveError` only if it was the last of `max_failures` in a row.
         Of the checkpoints whose step is `kept`, the newest stays beside the `keep` newest of all.
         """
-        self.wait()
+        self.settle()
         staged = self._copy_to_host(tensors)
-        self._pending = self._thread.submit(self._write, step, staged, dict(state), config, kept)
+        size = dist.get_world_size(self._group)
+        needed = sum(
+            tensor.numel() * tensor.element_size() * (size if name.startswith("rng.") else 1)
+            for name, tensor in tensors.items()
+        )
+        self._began = time.monotonic()
+        self._pending = self._thread.submit(
+            self._write, step, staged, dict(state), config, kept, needed
+        )
+
+    def settle(self) -> None:
+        """Wait for the save under way; `SaveError` if it is the last of `max_failures` in a row."""
+        try:
+            self.wait()
+        except SaveError:
+            if self._failures >= self._max_failures:
+                raise
 
     def wait(self) -> None:
-        """Wait for the save under way, and raise what it raised."""
+        """Wait for the save under way, and raise what it raised: `SaveError` if it failed.
+
+        A save that takes longer than the time limit ends the process.
+        """
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if pending is None:
+            return
+        left = self._began + self._timeout_s - time.monotonic()
+        if not concurrent.futures.wait([pending], max(0.0, left)).done:
+            self._give_up()
+        try:
             pending.result()
+        except SaveError:
+            self._failures += 1
+            raise
+        self._failures = 0
 
     def raise_failure(self) -> None:
-        """Raise what a save in the background has raised by now, without waiting."""
-        if self._pending is not None and self._pending.done():
+        """Raise what ends the run by now, without waiting; not a failure after which it goes on."""
+        pending = self._pending
+        if pending is None:
+            return
+        if not pending.done():
+            if time.monotonic() > self._began + self._timeout_s:
+                self._give_up()
+            return
+        error = pending.exception()
+        may_go_on = isinstance(error, SaveError) and self._failures + 1 < self._max_failures
+        if error is not None and not may_go_on:
             self.wait()
+
+    def _give_up(self) -> NoReturn:
+        end_process(
+            f"a checkpoint is being written for more than checkpoint.timeout_s="
+            f"{self._timeout_s:g} s: the file system of {self.folder} does not answer, or is too "
+            "slow. The checkpoints before it are whole; start again to go on from the newest"
+        )
 
     def close(self) -> None:
         """Finish the save under way and stop the writing thread."""
@@ -189,9 +268,38 @@ class Checkpointer:
         state: dict[str, Any],
         config: str,
         kept: Callable[[int], bool] | None,
+        needed: int,
+    ) -> None:
+        try:
+            self._write_whole(step, tensors, state, config, kept)
+        except (CheckpointError, CheckpointException) as error:  # all ranks have it
+            reason = _reason(error)
+            if self._rank == 0:
+                shutil.rmtree(self._draft(step), ignore_errors=True)
+            failed = f"the checkpoint of step {step} could not be saved: {reason}. "
+            failed += describe_space(self.folder, needed)
+            number, most = self._failures + 1, f"checkpoint.max_failures={self._max_failures}"
+            then = f"failure {number} in a row of {most}: it goes on, and the next save tries again"
+            if number >= self._max_failures:
+                then = f"that is {most} in a row: the run ends"
+            if self._rank == 0:
+                log.error("%s; %s", failed, then)
+                self.on_failure(failed)
+            raise SaveError(f"{failed}. The checkpoints before it are untouched") from None
+
+    def _draft(self, step: int) -> Path:
+        return self.folder / f".step_{step}.writing"
+
+    def _write_whole(
+        self,
+        step: int,
+        tensors: dict[str, Any],
+        state: dict[str, Any],
+        config: str,
+        kept: Callable[[int], bool] | None,
     ) -> None:
         final = self.folder / f"step_{step}"
-        temporary = self.folder / f".step_{step}.writing"
+        temporary = self._draft(step)
 
         def begin() -> None:
             if self._rank == 0:
@@ -213,8 +321,11 @@ class Checkpointer:
                 )
                 _set_aside(final)
                 temporary.rename(final)
-                _point_latest(self.folder / LATEST, final.name)
-                self._delete_old(step, kept)
+                try:
+                    _point_latest(self.folder / LATEST, final.name)
+                    self._delete_old(step, kept)
+                except OSError as error:
+                    log.warning("%s is whole, but what follows a save failed: %s", final, error)
 
         self._together(begin)
         writer = dcp.FileSystemWriter(temporary, thread_count=1)
@@ -263,6 +374,14 @@ class Checkpointer:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+
+def _reason(error: BaseException) -> str:
+    """Why a save failed: the first rank's failure in DCP, or the text of an error of ours."""
+    if not isinstance(error, CheckpointException):
+        return f"{error}"
+    rank, (failure, _) = min(error.failures.items())
+    return f"rank {rank}: {failure!r}"
 
 
 def step_of(path: Path) -> int | None:

@@ -1,6 +1,7 @@
 """The run configuration: a dataclass a Hydra group, and the checks that span groups."""
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ class TrainerConfig:
     compile: bool = False
     """torch.compile each block."""
     allow_misfit: bool = False
-    """Begin also where the planner says that the GPU's memory is not enough."""
+    """Begin also where the planner says that the GPU's memory, or the disk, is not enough."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """Traces of steps; also by a file, see docs/metrics.md."""
 
@@ -132,6 +133,11 @@ class CheckpointConfig:
     """Steps between checkpoints; null = only at the end."""
     keep: int = 3
     """Newest checkpoints to keep; older ones are deleted."""
+    timeout_s: float = 1800.0
+    """Time limit of a save in the background; the run ends loudly beyond it."""
+    max_failures: int = 3
+    """Saves in a row that fail, of a full disk for one, and end the run; the last save of a run has
+    to work."""
     resume: str = "auto"
     """auto (the newest whole one of this run, if any), never, or a checkpoint folder."""
     tower: str | None = None
@@ -404,6 +410,8 @@ def _check_ranges(config: RunConfig) -> None:
         "trainer.chunk_tokens": config.trainer.chunk_tokens,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.timeout_s": config.checkpoint.timeout_s,
+        "checkpoint.max_failures": config.checkpoint.max_failures,
         "evaluation.every_steps": config.evaluation.every_steps,
         "evaluation.max_tokens": config.evaluation.max_tokens,
         "evaluation.long_context.every_steps": config.evaluation.long_context.every_steps,
@@ -475,13 +483,30 @@ def _check_batches(config: RunConfig, world_size: int) -> None:
             raise ValueError(
                 f"{key}={size} is not a multiple of trainer.micro_batch_tokens={micro} times "
                 f"{dp} data-parallel rank(s) = {micro * dp}: change one of them, or the number of "
-                "processes"
+                f"processes{_fitting_processes(config, [size for _, size in sizes])}"
             )
     if micro % config.parallel.cp:
         raise ValueError(
             f"trainer.micro_batch_tokens={micro} is not a multiple of "
             f"parallel.cp={config.parallel.cp}: change one of the two"
         )
+
+
+def _fitting_processes(config: RunConfig, sizes: Sequence[int]) -> str:
+    """The numbers of processes among which all batches divide, for a message."""
+    micro, parallel = config.trainer.micro_batch_tokens, config.parallel
+    whole = math.gcd(*(max(size, 0) for size in sizes))
+    if whole % micro:
+        return ""
+    most = whole // micro
+    split = parallel.ep * parallel.etp
+    fits = [
+        dp * parallel.cp
+        for dp in range(1, most + 1)
+        if most % dp == 0 and dp * parallel.cp % split == 0
+    ]
+    shown = ", ".join(map(str, fits[-8:]))
+    return f" ({'..., ' if len(fits) > 8 else ''}{shown} would fit)" if fits else ""
 
 
 def check_run_folder(folder: Path) -> None:

@@ -176,7 +176,7 @@ class Health:
                 "is health.max_rewinds: find the cause (docs/operations.md, Health), then go on "
                 "with other values of health.* or optim.lr"
             )
-        self._checkpointer.wait()
+        self._checkpointer.settle()
         path = self._checkpointer.find_newest(self._usable(before))
         if path is None:
             raise HealthError(

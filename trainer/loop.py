@@ -2,6 +2,7 @@
 
 import resource
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,7 +57,7 @@ class Trainer:
         self, config: RunConfig, mesh: Mesh, run_dir: Path, *, start: Start | None = None
     ) -> None:
         self.run_config = config
-        self.checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
+        self.checkpointer = Checkpointer.of_run(run_dir, config.checkpoint)
         self.start = start or find_start(config, self.checkpointer)
         self.stage = self.start.stage
         self.config = config = self.stage.config
@@ -123,6 +124,7 @@ class Trainer:
             self._mark_done()  # it may have been killed just before
             return
         with self._open_metrics() as metrics:
+            self.checkpointer.on_failure = partial(metrics.alert, "a checkpoint failed")
             (self.run_dir / DONE).unlink(missing_ok=True)  # of a run that now goes on for longer
             self.objective.prepare(
                 self.run_dir / self.config.objective / self.stage.name, self._weights

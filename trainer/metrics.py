@@ -14,11 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from fulmen.trainer.alerts import AlertSink
+from fulmen.trainer.alerts import Alert, AlertSink
 from fulmen.trainer.console import Row, console_sink
 from fulmen.trainer.viewers import TensorboardSink, WandbSink, warn_lost
 
 WANDB_CHOICES = ("online", "offline", "off")
+MOST_HELD = 2**26
+"""Bytes of rows that wait for a disk with room."""
 EVAL_PREFIX = "eval_loss/"
 """Of held-out cross entropies by source."""
 ACCOUNT_PREFIX = "tokens/"
@@ -104,18 +106,18 @@ class MetricsLogger:
         check_log_config(config)
         self._jsonl = JsonlSink(run_dir / "metrics.jsonl", resume_step=resume_step)
         self._others: list[Sink] = [console_sink(total_tokens, total_steps)]
-        wandb = None
+        self._send: Callable[[Alert], None] = lambda alert: None
         if config.wandb != "off":
             wandb = WandbSink(
                 run_dir, config, run_name=run_name, run_config=run_config, resume_step=resume_step
             )
             self._others.append(wandb)
+            self._send = wandb.send_alert
         if config.alerts:
             # Not at the top of the file: it brings torch, and a configuration is checked before.
             from fulmen.parallel.progress import place
 
-            send = (lambda alert: None) if wandb is None else wandb.send_alert
-            self._others.append(AlertSink(send, place=place))
+            self._others.append(AlertSink(self._send, place=place))
         if config.tensorboard:
             try:
                 self._others.append(TensorboardSink(run_dir, resume_step=resume_step))
@@ -143,11 +145,15 @@ class MetricsLogger:
         self._jsonl.log_scores(step, tokens, scores)
         self._to_others(lambda sink: sink.log_scores(step, tokens, scores))
 
+    def alert(self, title: str, text: str) -> None:
+        """Send to wandb, where there is wandb, what the log says; from any thread."""
+        self._send(Alert(title, text))
+
     def close(self, *, failed: bool = False) -> None:
-        """Close every sink; may be called again."""
-        self._jsonl.close(failed=failed)
+        """Close every sink; may be called again. `OSError` if rows could not be written."""
         self._to_others(lambda sink: sink.close(failed=failed))
         self._others = []
+        self._jsonl.close(failed=failed)
 
     def _to_others(self, action: Callable[[Sink], None]) -> None:
         for sink in list(self._others):
@@ -181,6 +187,9 @@ class NullMetrics:
     def log_scores(self, step: int, tokens: int, scores: Mapping[str, float]) -> None:
         """Drop an evaluation."""
 
+    def alert(self, title: str, text: str) -> None:
+        """Drop an alert."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -189,15 +198,38 @@ class NullMetrics:
 
 
 class JsonlSink:
-    """A JSON object a line, flushed at once, so that a killed run loses nothing it has logged."""
+    """A JSON object a line, written at once, so that a killed run loses nothing it has logged.
+
+    What a full disk does not take stays in memory and goes first with the next row: from where it
+    broke off, so that no line is torn. Beyond `MOST_HELD` bytes it is an error.
+    """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         drop_redone_rows(path, resume_step=resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._held = b""
 
     def log_step(self, row: Row) -> None:
-        self._file.write(encode_row(row) + "\n")
-        self._file.flush()
+        had_all = not self._held
+        self._held += encode_row(row).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if len(self._held) > MOST_HELD:
+                raise
+            if had_all:
+                logger.error(
+                    "%s cannot be written (%s): rows are kept in memory until it can", self._path,
+                    error,
+                )  # fmt: skip
+        else:
+            if not had_all:
+                logger.info("%s has all rows again", self._path)
+
+    def _write(self) -> None:
+        while self._held:
+            self._held = self._held[self._file.write(self._held) :]
 
     def log_eval(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
         named = {f"eval_{name}": value for name, value in values.items()}
@@ -207,7 +239,17 @@ class JsonlSink:
         self.log_step({"step": step, "tokens": tokens, **scores})
 
     def close(self, *, failed: bool) -> None:
-        self._file.close()
+        if self._file.closed:
+            return
+        try:
+            self._write()
+        except OSError as error:
+            rows = self._held.count(b"\n")
+            logger.error("%s lacks the last %d rows: %s", self._path, rows, error)
+            if not failed:
+                raise
+        finally:
+            self._file.close()
 
 
 def encode_row(row: Row) -> str:

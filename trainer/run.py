@@ -14,10 +14,11 @@ from fulmen.data.config import SourceConfig
 from fulmen.data.shards import read_manifest
 from fulmen.kernels import registry
 from fulmen.parallel.mesh import Mesh, build_mesh, release_groups
-from fulmen.parallel.progress import ExchangeError, phase, watched
+from fulmen.parallel.progress import CLOSING_S, ExchangeError, ends_within, phase, watched
 from fulmen.parallel.rendezvous import set_timeout
 from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig, check_run_folder
+from fulmen.trainer.disk import check_disk
 from fulmen.trainer.host_memory import check_host, find_host_memory
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.manifest import CONFIG_FILE
@@ -30,6 +31,9 @@ from fulmen.trainer.run_log import log, start_logging
 from fulmen.trainer.stages import Stage, fault_of, list_stages
 from fulmen.trainer.start import find_start
 from fulmen.trainer.unigram import unigram_loss
+
+LOST_S = 10.0
+"""For the end of a run whose ranks do not answer each other."""
 
 
 def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
@@ -46,8 +50,15 @@ def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
     start_logging(run_dir, rank)
     log.info("run folder %s, %d process(es) on %s", run_dir, world_size, device.type)
     trainer, is_first = None, True
+    closing_s, closing = config.checkpoint.timeout_s + CLOSING_S, "to close the run"
     try:
-        with watched(rank, world_size, config.parallel.timeout_s):
+        with watched(
+            rank,
+            world_size,
+            config.parallel.timeout_s,
+            run_dir=run_dir,
+            patience_s=2 * config.checkpoint.timeout_s,
+        ):
             while (trainer := open_stage(config, device, run_dir, is_first=is_first)) is not None:
                 if rank == 0 and is_first:
                     describe_run(config, trainer, run_dir)
@@ -58,14 +69,20 @@ def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
                 trainer, is_first = None, False
                 give_back(device)
     except Exception as error:
+        if isinstance(error, ExchangeError):  # for a save under way ranks are missing, too
+            closing_s, closing = LOST_S, f"to close the run, which stops for {error},"
         if trainer is not None or isinstance(error, ExchangeError):
             log.exception("the run stops")  # into the log file too, which outlives the terminal
         raise
     finally:
         if trainer is not None:
-            trainer.close()
+            with ends_within(closing_s, closing):
+                trainer.close()
     if rank == 0:
-        log.info("report: %s", write_report(run_dir))
+        try:
+            log.info("report: %s", write_report(run_dir))
+        except OSError as error:  # such as a full disk: launch/report.py writes it later
+            log.warning("the report could not be written: %s", error)
     return run_dir
 
 
@@ -78,7 +95,7 @@ def open_stage(
     the job has done what it could, and there is no trainer.
     """
     phase("choice of a checkpoint")
-    finder = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
+    finder = Checkpointer.of_run(run_dir, config.checkpoint)
     start = find_start(config, finder)
     finder.close()
     stage = start.stage
@@ -86,6 +103,8 @@ def open_stage(
     if fault is None:
         mesh = build_mesh(stage.config.parallel, device)
         fault = announce(stage, mesh, run_dir)
+    if fault is None and is_first:
+        fault = find_room(config, run_dir)
     if fault is None:
         later = (fault_of(one, dist.get_world_size()) for one in list_stages(config)[stage.index :])
         ends = next((fault for fault in later if fault), None)
@@ -165,6 +184,21 @@ def announce_plan(config: RunConfig, mesh: Mesh) -> None:
         log.info("%s", line)
     check_fits(memory, device.total_memory, allowed=config.trainer.allow_misfit)
     check_host(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), find_host_memory())
+
+
+def find_room(config: RunConfig, run_dir: Path) -> str | None:
+    """Why the disk is too small for the run's checkpoints, or None; all ranks hear rank 0."""
+    box: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            check_disk(config, run_dir / "checkpoints")
+        except ValueError as error:
+            box = [f"{error}"]
+            if config.trainer.allow_misfit:
+                log.warning("%s; it begins because trainer.allow_misfit=true", error)
+                box = [None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def check_fits(memory: dict[str, int], total: int, *, allowed: bool) -> None:

@@ -125,6 +125,32 @@ def test_a_run_goes_on_with_other_processes_and_another_stage(
     close(rows(run_dir), rows(undisturbed / "2-2"))
 
 
+def test_a_run_that_is_killed_goes_on_on_fewer_and_on_more_processes(
+    undisturbed: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    # The same global batch: two micro-batches a step on each of 2 processes, one on each of 4.
+    arguments = overrides(tiny_data, tmp_path, "elastic", stage=1)
+    run_dir = tmp_path / "text01_tiny" / "elastic"
+    for size, step in ((4, SAVE_EVERY + 2), (2, 3 * SAVE_EVERY + 1)):
+        kill_at(start(size, arguments, tmp_path), step, run_dir / "metrics.jsonl")
+    finish(start(4, arguments, tmp_path), tmp_path)
+    log = (run_dir / "train.log").read_text()
+    assert log.count("resumed at step") == 2
+    assert [f"{size} rank(s) =" in log for size in (2, 4)] == [True, True]
+    close(rows(run_dir), rows(undisturbed / "2-1"))
+    ours, theirs = (
+        [
+            {key: row[key] for key in row if key.startswith("tokens/")}
+            for row in read_metrics(path / "metrics.jsonl")
+            if "loss" in row
+        ]
+        for path in (run_dir, undisturbed / "2-1")
+    )
+    assert ours == theirs
+    assert len(ours) == STEPS
+    assert ours[-1]
+
+
 # ---- errors ----
 
 

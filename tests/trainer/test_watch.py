@@ -50,4 +50,11 @@ def test_a_stalled_rank_is_named_in_the_log_and_the_error(tiny_data: Path, tmp_p
         assert "missing: rank 1" in text
     assert error.startswith("forward (step 2, position 2) failed")
     assert log.index("rank 0 is in forward (step 2, position 2) for") < log.index("the run stops")
+    (dumps,) = (tmp_path / "recipe" / "stalls" / "dumps").iterdir()
+    assert f"stacks: {dumps}" in error
+    assert "test_watch.py" in (dumps / "rank1.txt").read_text()  # where it sleeps
+    said = (dumps / "rank0.txt").read_text()
+    assert "forward" in said.splitlines()[0]
+    assert "HAS NOT ENDED" in said
+    assert (dumps / "gloo_trace_rank_1").stat().st_size > 1000
     assert "layers.*.self_attn.qkv_proj.weight" in log  # of the audit

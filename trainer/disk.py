@@ -1,0 +1,65 @@
+"""Whether the disk has room for a run's checkpoints."""
+
+import math
+import os
+from pathlib import Path
+
+from fulmen.trainer.config import RunConfig
+from fulmen.trainer.memory import GIB, count_model, frozen_of
+
+_MOMENTS = 2
+_FP32 = 4
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of one checkpoint: weights, and of what trains two moments, all fp32."""
+    frozen = frozen_of(config)
+    return _FP32 * sum(
+        math.prod(shape) * (1 if name in frozen else 1 + _MOMENTS)
+        for name, shape in count_model(config.model).shapes
+    )
+
+
+def check_disk(config: RunConfig, folder: Path) -> None:
+    """`ValueError` if the checkpoints that a run will have at once do not fit below `folder`.
+
+    A new one is whole before an old one goes, so there is one more than is kept; those that lie
+    there already count as room, except the ends of stages, which stay.
+    """
+    count = 1 if config.checkpoint.every_steps is None else config.checkpoint.keep + 1
+    count += max(0, len(config.stages) - 1)
+    size = checkpoint_bytes(config)
+    there = sum(
+        file.stat().st_size for path in folder.glob("step_*") for file in path.rglob("*.distcp")
+    )
+    free, _ = space(folder)
+    if free + there >= count * size:
+        return
+    raise ValueError(
+        f"{count} checkpoints of {gib(size)} (checkpoint.keep, one being written, ends of stages) "
+        f"do not fit into {folder}: {gib(free)} free, {gib(there)} in checkpoints of this run. "
+        "Free the disk, set run_root to another one or checkpoint.keep to less; "
+        "trainer.allow_misfit=true begins all the same"
+    )
+
+
+def describe_space(folder: Path, needed: int) -> str:
+    """What `folder`'s file system has and a checkpoint needs, for a message."""
+    try:
+        free, total = space(folder)
+    except OSError as error:
+        return f"{folder} cannot be looked at: {error}"
+    return f"{folder} has {gib(free)} free of {gib(total)}, a checkpoint needs {gib(needed)}"
+
+
+def space(folder: Path) -> tuple[int, int]:
+    """Bytes that this user may write to the file system of `folder`, and all it has."""
+    while not folder.exists():
+        folder = folder.parent
+    stats = os.statvfs(folder)
+    return stats.f_bavail * stats.f_frsize, stats.f_blocks * stats.f_frsize
+
+
+def gib(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.3g} GiB"
