@@ -101,6 +101,11 @@ class Submitted:
         read = read_metrics(self.folder / "metrics.jsonl")
         return [{key: row[key] for key in kept} for row in read]
 
+    def nodes(self) -> list[str]:
+        """Of the last job."""
+        found = self.cluster.field(self.jobs[-1], "NodeList")
+        return self.cluster.call("scontrol", "show", "hostnames", found).split()
+
     def output(self) -> str:
         """Of all jobs of the run."""
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("slurm/*/job-*.out")))
@@ -167,8 +172,12 @@ def test_a_lost_node_is_replaced(run: Submitted, undisturbed: Submitted) -> None
     run.submit()
     run.wait_for_step(SAVE_EVERY * 2 + 1)
     run.cluster.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    assert run.end() == undisturbed.rows()
-    assert run.cluster.field(run.jobs[0], "Restarts") == "1"
+    try:
+        assert run.end() == undisturbed.rows()
+        assert run.cluster.field(run.jobs[0], "Restarts") == "1"
+        assert "n2" not in run.nodes()
+    finally:
+        run.cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
     assert "resumed at step" in (run.folder / "train.log").read_text()
 
 
@@ -275,8 +284,7 @@ def test_a_node_with_another_version_is_named_and_left_out(
     assert f"job {other} takes over without them" in output
     run.jobs.append(other)
     assert run.end() == undisturbed.rows()
-    nodes = run.cluster.field(other, "NodeList")
-    assert "n2" not in run.cluster.call("scontrol", "show", "hostnames", nodes).split()
+    assert "n2" not in run.nodes()
 
 
 def test_a_node_that_cannot_write_is_named(run: Submitted, tmp_path: Path) -> None:
