@@ -33,7 +33,8 @@ class ParallelConfig:
     balance_attention: bool = True
     """Even out softmax attention over cp ranks where long documents make it uneven."""
     timeout_s: float = 600.0
-    """Time limit of a collective; what the ranks wait for is logged at 0.8 of it."""
+    """Time limit of a collective; what the ranks wait for is logged at 0.8 of it. A process that is
+    in one part of a step for 1.25 of it ends itself."""
     rendezvous_timeout_s: float = 300.0
     """Time limit for all ranks to come at the start."""
 

@@ -14,6 +14,7 @@ from fulmen.trainer.reading.answers import answer_texts, mean_scores
 from fulmen.trainer.reading.examples import keep_examples
 from fulmen.trainer.reading.questions import Question
 from fulmen.trainer.reading.sources import held_out_questions
+from fulmen.trainer.run_log import log
 
 
 @dataclass
@@ -58,6 +59,9 @@ class Reading:
             means = mean_scores(answer.scores for answer in answers)
             scores |= {f"reading/{source}/{name}": value for name, value in means.items()}
             if self.mesh.rank == 0:
-                keep_examples(self.run_dir, step, source, answers[: self.examples])
+                try:
+                    keep_examples(self.run_dir, step, source, answers[: self.examples])
+                except OSError as error:  # a full disk is no reason to end a run
+                    log.warning("answers of step %d could not be kept: %s", step, error)
         self.model.train()
         return scores
