@@ -20,6 +20,16 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def untied_log() -> None:
+    """fulmen's log as at first: a run in another test of this process ties it to its folder and to
+    the console, and cuts it off the root."""
+    log = logging.getLogger("fulmen")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prepared folder, made by fulmen's own preparation; read only."""
@@ -41,11 +51,7 @@ def one_rank() -> Iterator[torch.device]:
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    """What fulmen logs, as it comes.
-
-    Not by caplog: that hears nothing of a logger that a run, in another test of this process, has
-    cut off the root, or all of it twice where it is tied to the root again.
-    """
+    """What fulmen logs from INFO on, as it comes."""
     texts: list[str] = []
 
     class Handler(logging.Handler):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import math
 import os
 import sys
@@ -21,13 +20,6 @@ from fulmen.trainer.metrics import (
     encode_row,
     read_metrics,
 )
-
-
-@pytest.fixture(autouse=True)
-def caplog_sees_our_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's `start_logging`, in another test of this process, cuts fulmen's log off the root."""
-    monkeypatch.setattr(logging.getLogger("fulmen"), "propagate", True)
-
 
 # Configuration
 

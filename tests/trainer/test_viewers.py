@@ -1,7 +1,6 @@
 """wandb and TensorBoard: what they got can be read back, and no failure of theirs harms a run."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -15,13 +14,6 @@ from support.rows import open_logger, step_row, warnings_of
 
 from fulmen.trainer.metrics import LogConfig, read_metrics
 from fulmen.trainer.viewers import WandbSink, keep_wandb_id
-
-
-@pytest.fixture(autouse=True)
-def caplog_sees_our_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's `start_logging`, in another test of this process, cuts fulmen's log off the root."""
-    monkeypatch.setattr(logging.getLogger("fulmen"), "propagate", True)
-
 
 # wandb
 
