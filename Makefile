@@ -7,8 +7,8 @@ PROCESSES ?= 2
 # Of `make pretrain`: rows and experts over all processes.
 CP ?= $(PROCESSES)
 EP ?= $(PROCESSES)
-# Test files run side by side; each uses one core, or a few processes for moments.
-TEST_WORKERS ?= 2
+# Test files run side by side, one more than two cores: many wait for processes that they start.
+TEST_WORKERS ?= 3
 # Of benchmarks/train_step.py; on a GPU: make bench BENCH=model=text01_1b
 BENCH ?= model=text01_tiny dtype=float32 micro_batch_tokens=2048 document_tokens=512 steps=20
 DATA := data_cache/stdlib

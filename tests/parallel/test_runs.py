@@ -49,7 +49,6 @@ class Point:
 
 
 SAMPLE = [
-    Point(2, 1, 2, 1, (1, 1)),
     Point(2, 2, 1, 2, (2, 0)),
     Point(2, 2, 2, 1, (3, 3), "full"),
     Point(4, 2, 4, 1, (0, 3)),
