@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -99,9 +100,8 @@ class Checkpointer:
             for name, tensor in tensors.items()
         )
         self._began = time.monotonic()
-        self._pending = self._thread.submit(
-            self._write, step, staged, dict(state), config, kept, needed
-        )
+        write = partial(self._write, step, staged, dict(state), config, kept)
+        self._pending = self._thread.submit(self._try_to_write, step, write, needed)
 
     def settle(self) -> None:
         """Wait for the save under way; `SaveError` if it is the last of `max_failures` in a row."""
@@ -261,17 +261,9 @@ class Checkpointer:
             self._host_meshes[mesh] = mesh if on_host else DeviceMesh("cpu", mesh.mesh)
         return self._host_meshes[mesh]
 
-    def _write(
-        self,
-        step: int,
-        tensors: dict[str, Any],
-        state: dict[str, Any],
-        config: str,
-        kept: Callable[[int], bool] | None,
-        needed: int,
-    ) -> None:
+    def _try_to_write(self, step: int, write: Callable[[], None], needed: int) -> None:
         try:
-            self._write_whole(step, tensors, state, config, kept)
+            write()
         except (CheckpointError, CheckpointException) as error:  # all ranks have it
             reason = _reason(error)
             if self._rank == 0:
@@ -290,7 +282,7 @@ class Checkpointer:
     def _draft(self, step: int) -> Path:
         return self.folder / f".step_{step}.writing"
 
-    def _write_whole(
+    def _write(
         self,
         step: int,
         tensors: dict[str, Any],

@@ -219,10 +219,8 @@ class JsonlSink:
             if len(self._held) > MOST_HELD:
                 raise
             if had_all:
-                logger.error(
-                    "%s cannot be written (%s): rows are kept in memory until it can", self._path,
-                    error,
-                )  # fmt: skip
+                kept = "rows are kept in memory until it can"
+                logger.error("%s cannot be written (%s): %s", self._path, error, kept)
         else:
             if not had_all:
                 logger.info("%s has all rows again", self._path)
