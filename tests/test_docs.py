@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import warm
+from support import HANG_S, warm
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -135,7 +135,7 @@ def test_every_command_runs(checkout: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG_S,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     runs = checkout / "runs" / "text01_tiny"

@@ -129,19 +129,21 @@ class Checkpointer:
             raise
         self._failures = 0
 
-    def raise_failure(self) -> None:
-        """Raise what ends the run by now, without waiting; not a failure after which it goes on."""
+    def has_failed(self) -> bool:
+        """Whether the save under way is known, here, to be one that ends the run; does not wait.
+
+        Ranks learn it at different times: once one of them does, all are to `wait`.
+        """
         pending = self._pending
         if pending is None:
-            return
+            return False
         if not pending.done():
             if time.monotonic() > self._began + self._timeout_s:
                 self._give_up()
-            return
+            return False
         error = pending.exception()
         may_go_on = isinstance(error, SaveError) and self._failures + 1 < self._max_failures
-        if error is not None and not may_go_on:
-            self.wait()
+        return error is not None and not may_go_on
 
     def _give_up(self) -> NoReturn:
         end_process(

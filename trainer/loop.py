@@ -135,8 +135,7 @@ class Trainer:
                 if self.profiler.begin_step(self.step + 1, may_ask=may_ask):
                     self._throughput.restart()
                 phase("data", self.step)
-                self.checkpointer.raise_failure()
-                self.stop.poll()
+                self.stop.poll(failed=self.checkpointer.has_failed())
                 started = time.perf_counter()
                 batch = next(self.loader)
                 data_wait_s = time.perf_counter() - started
@@ -151,6 +150,8 @@ class Trainer:
                     num_image_tokens=batch.num_image_tokens,
                 )
                 saves = self.stop.agreed() or self._is_due(config.checkpoint.every_steps)
+                if self.stop.failed:
+                    self.checkpointer.wait()  # it raises
                 if saves or self.stage_finished or self._is_due(config.health.replicas_every_steps):
                     self.health.compare_replicas(self.step, self._state(batch.state))
                 if self.health.goes_back:

@@ -4,9 +4,10 @@ Who may ask: whoever makes a file `STOP` in the run's folder (a job script befor
 a person by hand), and SIGTERM or SIGUSR1 to any of the processes. torchrun passes SIGTERM on and
 ends them by force some 30 s later, so what takes longer is asked for by the file.
 
-All ranks have to stop at the same step. Before each step every rank begins a one-element sum over
-gloo, and it reads the result after the step: nobody waits for a GPU, and for another host only
-if that one is a whole step behind.
+All ranks have to stop at the same step, also where one of them has found that a checkpoint could
+not be written: one that stopped alone would leave the others in a collective. Before each step
+every rank begins a sum of two numbers over gloo, and it reads the result after the step: nobody
+waits for a GPU, and for another host only if that one is a whole step behind.
 """
 
 import datetime
@@ -33,23 +34,25 @@ class Stop:
     def __init__(self, run_dir: Path, timeout_s: float) -> None:
         self.asked = False
         """Whether any rank was asked, as all of them know after a step."""
+        self.failed = False
+        """Whether any rank has found that the run cannot go on, as all know after a step."""
         self._file = run_dir / STOP
         limit = datetime.timedelta(seconds=timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=limit)
         self._is_first = dist.get_rank() == 0
-        self._wishes = torch.zeros(1)
+        self._wishes = torch.zeros(2)
         self._pending: dist.Work | None = None
         self._signal = ""
         self._before: dict[signal.Signals, Any] = {}
 
-    def poll(self) -> None:
-        """Tell the other ranks, before a step, whether this one is asked to stop."""
+    def poll(self, *, failed: bool = False) -> None:
+        """Tell the other ranks, before a step, whether this one is asked to stop, or has failed."""
         # Before the first step there is nothing to save, and a signal may end the process.
         if not self._before and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         # One look at a shared file system a step is enough; signals come to any rank.
         wish = bool(self._signal) or (self._is_first and self._file.exists())
-        self._wishes.fill_(wish)
+        self._wishes.copy_(torch.tensor([wish, failed]))
         self._pending = dist.all_reduce(self._wishes, group=self._group, async_op=True)
 
     def agreed(self) -> bool:
@@ -58,7 +61,7 @@ class Stop:
         with exchange("wishes to stop"):
             self._pending.wait()
         self._pending = None
-        self.asked = bool(self._wishes)
+        self.asked, self.failed = self._wishes.bool().tolist()
         if self.asked:
             by = self._signal or (str(self._file) if self._file.exists() else "another rank")
             log.info("asked to stop by %s: the run saves and ends", by)

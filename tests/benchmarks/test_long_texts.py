@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import HANG_S
 from support.tiny import ROOT
 
 pytestmark = pytest.mark.slow
@@ -20,7 +21,7 @@ def run_script(name: str, *arguments: str) -> list[dict]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

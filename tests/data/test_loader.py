@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from support import HANG_S
 from support.folders import MakeFolder
 from support.loaders import open_loader as open_small_loader
 from support.loaders import take
@@ -258,9 +258,7 @@ def test_close_ends_the_thread_and_the_steps(sources: Sources) -> None:
     thread = dropped._thread
     assert isinstance(thread, threading.Thread)
     del dropped
-    deadline = time.monotonic() + 10
-    while thread.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    thread.join(HANG_S)
     assert not thread.is_alive(), "a dropped loader must not leave its thread behind"
 
 

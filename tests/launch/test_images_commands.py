@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,7 +17,7 @@ def run(name: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support import HANG_S
 from support.tiny import ROOT
 
 from fulmen.launch.cluster import ClusterConfig
@@ -85,7 +86,7 @@ class Job:
         )
 
     def finish(self, process: subprocess.Popen[str]) -> Outcome:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=HANG_S)
         calls = self.folder / "calls"
         said = calls.read_text().splitlines() if calls.exists() else []
         return Outcome(process.returncode, output, said)
@@ -95,7 +96,7 @@ class Job:
 
     def wait_for_training(self) -> None:
         """Until its `touch begun` is done."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANG_S
         while not (self.folder / "begun").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import HANG_S
 
 from fulmen.data.shards import PreparedSplit
 
@@ -18,7 +19,7 @@ def run(folder: Path, script: str, *overrides: str) -> subprocess.CompletedProce
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from support import HANG_S
 from support.tiny import ROOT, text01_data
 
 from fulmen.launch.plan import PlanConfig, plan
@@ -32,7 +33,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "launch" / "prepare_data.py")]
@@ -16,7 +17,7 @@ COMMAND = [sys.executable, str(ROOT / "launch" / "prepare_data.py")]
 
 def prepare(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *overrides], cwd=folder, capture_output=True, text=True, timeout=120
+        [*COMMAND, *overrides], cwd=folder, capture_output=True, text=True, timeout=HANG_S
     )
 
 

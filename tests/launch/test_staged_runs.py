@@ -75,7 +75,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sources(root / "data")
     assert run_world(run_and_look, 2, at(root, "whole")) == [[(0, 1)] * 3] * 2
     stops = [(at(root, "stopped"), stop) for stop in (5, 11, 16, 20, None)]
-    run_world(run_jobs, 2, stops, timeout_s=240)
+    run_world(run_jobs, 2, stops)
     return root
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import HANG_S
 from support.tiny import ROOT, compose_config
 
 from fulmen.launch.cluster import ClusterConfig, read_cluster
@@ -43,7 +44,7 @@ def test_a_dry_run_writes_a_job_that_runs_the_copied_code(tmp_path: Path) -> Non
         "dry_run=true",
     ]
     command = [sys.executable, str(ROOT / "launch" / "submit.py"), *words]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert said.returncode == 0, said.stderr
     assert "nothing is submitted" in said.stdout
     here = tmp_path / "mine" / "first" / "slurm" / "1"
@@ -67,7 +68,7 @@ def test_a_dry_run_writes_a_job_that_runs_the_copied_code(tmp_path: Path) -> Non
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     assert printed.returncode == 0, printed.stderr
     assert "micro_batch_tokens: 1024" in printed.stdout

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import HANG_S
 from support.tiny import ROOT
 
 from fulmen.launch.submit import _OWN_KEYS, SlurmConfig, check_slurm
@@ -66,7 +67,9 @@ def submit(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         *("cluster=recipes/clusters/cpu.yaml", "slurm.nodes=2", "slurm.time=1:00:00"),
         *("trainer.micro_batch_tokens=1024", f"run_root={folder}", "run_id=first", "dry_run=true"),
     ]
-    return subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S
+    )
 
 
 @pytest.mark.slow

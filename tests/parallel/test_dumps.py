@@ -92,7 +92,7 @@ def test_a_single_process_that_hangs_ends_itself(
     way: str, status: int, told: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RuntimeError, match=rf"died: {status}$"):
-        run_processes(hang, [{}], way, tmp_path, timeout_s=30)
+        run_processes(hang, [{}], way, tmp_path)
     said = (tmp_path / "stderr").read_text()
     assert told in said
     if way == "lock":  # the watch could not run

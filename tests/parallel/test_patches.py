@@ -273,7 +273,7 @@ def breaking(direction: str) -> Any:
 @cache
 def trained(size: int, broken: str = "") -> dict[str, list[tuple[float, Gradients, str]]]:
     cases = [case for case in [*CASES, *BROKEN] if (case.size, case.broken) == (size, broken)]
-    by_rank = run_world(train, size, cases, timeout_s=120)
+    by_rank = run_world(train, size, cases)
     return {str(case): [results[index] for results in by_rank] for index, case in enumerate(cases)}
 
 

@@ -158,7 +158,7 @@ def go_wrong(fault: str) -> None:
 def run_steps(fault: str, *, faulty: int, size: int = 3) -> list[tuple[str, list[str], list[str]]]:
     port = free_port()
     environments = [rank_environment(rank, size, port) for rank in range(size)]
-    results = run_processes(steps, environments, fault, faulty, timeout_s=40, dying=faulty)
+    results = run_processes(steps, environments, fault, faulty, dying=faulty)
     assert all(result[2] == [] for result in results if result)
     return results
 

@@ -251,7 +251,7 @@ def by_case(cases: list[Case], by_rank: list[list[Any]]) -> dict[str, list[Any]]
 @cache
 def trained(size: int) -> dict[str, list[Outcome]]:
     """Case -> outcome on each rank of a world of `size`."""
-    by_rank = run_world(train_cases, size, CASES[size], timeout_s=120)
+    by_rank = run_world(train_cases, size, CASES[size])
     return by_case(CASES[size], by_rank)
 
 

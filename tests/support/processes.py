@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from support import HANG_S
 from support.tiny import ROOT
 from support.worlds import CONTEXT, free_port, rank_environment
 
 SCRIPT = str(ROOT / "launch" / "pretrain.py")
-TIMEOUT_S = 90
 
 
 def start(size: int, arguments: Sequence[str], log: Path) -> list[BaseProcess]:
@@ -39,7 +39,7 @@ def _run_script(environment: dict[str, str], arguments: Sequence[str], output: P
     runpy.run_path(SCRIPT, run_name="__main__")
 
 
-def finish(ranks: list[BaseProcess], log: Path, *, timeout_s: float = TIMEOUT_S) -> None:
+def finish(ranks: list[BaseProcess], log: Path, *, timeout_s: float = HANG_S) -> None:
     """Wait for all ranks; whatever happens, none is left behind."""
     deadline = time.monotonic() + timeout_s
     try:
@@ -65,7 +65,7 @@ def last_step(metrics: Path) -> int:
 
 
 def kill_at(
-    ranks: list[BaseProcess], step: int, metrics: Path, *, timeout_s: float = TIMEOUT_S
+    ranks: list[BaseProcess], step: int, metrics: Path, *, timeout_s: float = HANG_S
 ) -> None:
     """SIGKILL every rank as soon as `step` is logged."""
     deadline = time.monotonic() + timeout_s

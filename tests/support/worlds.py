@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from support import HANG_S
+
 # A fork server is a fresh process that has imported torch once, and nothing else has happened in
 # it: its children start clean like spawned ones, without seconds of importing each.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -45,7 +47,9 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_world(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 90) -> list:
+def run_world(
+    function: Callable[..., Any], size: int, *args: Any, timeout_s: float = HANG_S
+) -> list:
     """Call `function(device, *args)` in `size` processes that form one world; results by rank.
 
     `function` is a module's own (children import it by name). What a rank raises is raised here,
@@ -62,7 +66,7 @@ def run_processes(
     function: Callable[..., Any],
     environments: list[dict[str, str]],
     *args: Any,
-    timeout_s: float = 90,
+    timeout_s: float = HANG_S,
     dying: int | None = None,
 ) -> list:
     """Call `function(*args)` in a process per environment; results in that order.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import HANG_S
 from support.rows import open_logger, step_row, warnings_of
 
 from fulmen.trainer.metrics import LogConfig, read_metrics
@@ -42,7 +43,7 @@ with MetricsLogger(
 def offline_run(folder: Path, first: int, last: int) -> int:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     command = [sys.executable, "-c", OFFLINE_RUN, str(folder), str(first), str(last)]
-    return subprocess.run(command, timeout=60, env=environment).returncode
+    return subprocess.run(command, timeout=HANG_S, env=environment).returncode
 
 
 def test_killed_run_loses_no_row_and_a_resumed_one_reads_back_from_wandb(tmp_path: Path) -> None:
@@ -55,9 +56,9 @@ def test_killed_run_loses_no_row_and_a_resumed_one_reads_back_from_wandb(tmp_pat
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 7), 6, 7]
     path = max(tmp_path.glob(f"wandb/offline-run-*/run-{name}.wandb"), key=os.path.getmtime)
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-    output = subprocess.run(inspect, check=True, timeout=60, capture_output=True, text=True).stdout
+    done = subprocess.run(inspect, check=True, timeout=HANG_S, capture_output=True, text=True)
     records: dict[str, list[Any]] = {}
-    for line in output.splitlines():
+    for line in done.stdout.splitlines():
         record = json.loads(line)
         records.setdefault(record["type"], []).append(record[record["type"]])
 

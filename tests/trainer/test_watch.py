@@ -43,7 +43,7 @@ def test_a_stalled_rank_is_named_in_the_log_and_the_error(tiny_data: Path, tmp_p
     config.parallel.cp, config.parallel.timeout_s = 2, 8.0
     port = free_port()
     environments = [rank_environment(rank, 2, port) for rank in range(2)]
-    error, _ = run_processes(stalled_run, environments, config, timeout_s=60)
+    error, _ = run_processes(stalled_run, environments, config)
     log = (tmp_path / "recipe" / "stalls" / "train.log").read_text()
     for text in (error, log):
         assert "rank 1: behind, in data (step 2, position 1)" in text
