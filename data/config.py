@@ -176,7 +176,9 @@ class RetrievalConfig:
     num_keys: int = 1024
     """Keys of the language of words; a document has at most as many questions."""
     num_workers: int = 0
-    """Processes; 0 takes every core this process may use. What is written does not depend on it."""
+    """Processes; 0 takes as many as save time, at most the cores that this process may use.
+
+    What is written does not depend on it."""
 
 
 @dataclass

@@ -44,7 +44,9 @@ def generate(config: RetrievalConfig, *, console: Console) -> int:
     if isinstance(language, Words):
         language.tokenizer().save(str(output / TOKENIZER_FILE))
     lengths = _draw_lengths(ranges, config)
-    workers = config.num_workers or len(os.sched_getaffinity(0))
+    # To begin takes a worker as long as some million tokens.
+    useful = 1 + sum(lengths) // 4_000_000
+    workers = config.num_workers or min(useful, len(os.sched_getaffinity(0)))
     tasks = _tasks(lengths, config.seed, Counter(config.kinds))
     partial = output / f".{_DOCUMENTS_FILE}.tmp"
     with open(partial, "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as stream:

@@ -145,18 +145,22 @@ def _parameter_rows(model: nn.Module, engine: ZeroEngine) -> list[Row]:
     """Parameters of one layout in one row, layers' numbers as a star."""
     stages = {name: engine.stages.get(module) for name, module in model.named_modules()}
     numbers: dict[Row, int] = {}
+    ranks_of: dict[DeviceMesh, str] = {}  # DeviceMesh takes long to list them
     for name, found in model.named_parameters():
         parameter = engine.parameters.get(name)
         units = [stages[unit] for unit in _enclosing(name) if stages.get(unit) is not None]
         if parameter is None or not isinstance(found, DTensor) or not units:
             raise TypeError(f"{name} is in no ZeRO unit: parallel/plan.py has left it out")
+        mesh = parameter.device_mesh
+        if mesh not in ranks_of:
+            ranks_of[mesh] = _summed_over(mesh)
         row = (
             re.sub(r"\.\d+\.", ".*.", name),
             _shape(parameter.shape),
             _shape(local_part(parameter).shape),
             _split(parameter),
             str(units[0]),
-            _summed_over(parameter.device_mesh) if parameter.requires_grad else "none: frozen",
+            ranks_of[mesh] if parameter.requires_grad else "none: frozen",
         )
         numbers[row] = numbers.get(row, 0) + 1
     return [(pattern, str(number), *rest) for (pattern, *rest), number in numbers.items()]

@@ -28,7 +28,7 @@ from fulmen.trainer.optim import Optimizer
 pytestmark = pytest.mark.slow
 
 SEED = 11
-STEPS = 8
+STEPS = 5
 MICRO_BATCHES = 8
 TOKENS = 48
 AUX_LOSS_COEF = 0.05
@@ -288,7 +288,7 @@ def test_training_equals_plain_torch(size: int, case: Case) -> None:
             difference = (outcome.final[name] - weights).norm() / weights.norm()
             assert difference <= WEIGHTS_RELATIVE, f"rank {rank}, {name}"
             moved = (weights - expected.initial[name]).norm() / weights.norm()
-            assert moved > 1e-2, f"{name} hardly trains: no test"
+            assert moved > 5e-3, f"{name} hardly trains: no test"
 
 
 @pytest.mark.parametrize(("size", "case"), ALL)

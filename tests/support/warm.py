@@ -29,6 +29,7 @@ LIBRARIES = [
     "torch.distributed.fsdp",
     "torch.distributed.run",
     "hydra",
+    "matplotlib.figure",
     "rich.progress",
     "tokenizers",
 ]

@@ -16,9 +16,12 @@ from typing import Any
 from support import HANG_S
 
 # A fork server is a fresh process that has imported torch once, and nothing else has happened in
-# it: its children start clean like spawned ones, without seconds of importing each.
+# it: its children start clean like spawned ones, without seconds of importing each. pytest and
+# hypothesis are there because a child imports the test's own module.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fulmen.trainer.run", "fulmen.launch.pretrain"])
+CONTEXT.set_forkserver_preload(
+    ["pytest", "hypothesis", "matplotlib.figure", "fulmen.trainer.run", "fulmen.launch.pretrain"]
+)
 
 
 def free_port() -> int:
