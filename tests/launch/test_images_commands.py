@@ -2,18 +2,17 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import HANG_S
+from support import HANG_S, warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(name: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / f"{name}.py"), *overrides],
+        [*warm.shared_python(), str(ROOT / "launch" / f"{name}.py"), *overrides],
         cwd=folder,
         capture_output=True,
         text=True,

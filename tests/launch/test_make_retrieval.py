@@ -2,11 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import HANG_S
+from support import HANG_S, warm
 
 from fulmen.data.shards import PreparedSplit
 
@@ -15,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(folder: Path, script: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / script), *overrides],
+        [*warm.shared_python(), str(ROOT / "launch" / script), *overrides],
         cwd=folder,
         capture_output=True,
         text=True,

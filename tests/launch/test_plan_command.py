@@ -2,13 +2,12 @@
 
 import json
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from support import HANG_S
+from support import HANG_S, warm
 from support.tiny import ROOT, text01_data
 
 from fulmen.launch.plan import PlanConfig, plan
@@ -29,7 +28,7 @@ KEYS = [
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "plan.py"), *words],
+        [*warm.shared_python(), str(ROOT / "launch" / "plan.py"), *words],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import HANG_S
+from support import HANG_S, warm
 from support.processes import SCRIPT, finish, kill_at, start
 from support.tiny import ROOT, as_overrides, compose_config, read_checkpoint, tiny_config
 from support.worlds import run_world
@@ -155,10 +155,14 @@ def test_a_run_that_is_killed_goes_on_on_fewer_and_on_more_processes(
 # ---- errors ----
 
 
-def fail(*arguments: str, command: Sequence[str] = (sys.executable,)) -> str:
+def fail(*arguments: str, command: Sequence[str] = ()) -> str:
     """Run the entry point in a way that cannot work; what it said."""
     result = subprocess.run(
-        [*command, SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S
+        [*(command or warm.shared_python()), SCRIPT, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
     assert result.returncode != 0
     return result.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import HANG_S
+from support import HANG_S, warm
 from support.tiny import ROOT, compose_config
 
 from fulmen.launch.cluster import ClusterConfig, read_cluster
@@ -43,7 +43,7 @@ def test_a_dry_run_writes_a_job_that_runs_the_copied_code(tmp_path: Path) -> Non
         "run_id=first",
         "dry_run=true",
     ]
-    command = [sys.executable, str(ROOT / "launch" / "submit.py"), *words]
+    command = [*warm.shared_python(), str(ROOT / "launch" / "submit.py"), *words]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert said.returncode == 0, said.stderr
     assert "nothing is submitted" in said.stdout

@@ -1,12 +1,11 @@
 """Points of a sweep, and what launch/submit.py makes of them; without SLURM."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from support import HANG_S
+from support import HANG_S, warm
 from support.tiny import ROOT
 
 from fulmen.launch.submit import _OWN_KEYS, SlurmConfig, check_slurm
@@ -63,7 +62,7 @@ def test_a_limit_without_a_sweep_is_a_mistake() -> None:
 
 def submit(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [
-        *(sys.executable, str(ROOT / "launch" / "submit.py"), "recipe=text01_tiny"),
+        *(*warm.shared_python(), str(ROOT / "launch" / "submit.py"), "recipe=text01_tiny"),
         *("cluster=recipes/clusters/cpu.yaml", "slurm.nodes=2", "slurm.time=1:00:00"),
         *("trainer.micro_batch_tokens=1024", f"run_root={folder}", "run_id=first", "dry_run=true"),
     ]

@@ -10,7 +10,6 @@ import os
 import subprocess
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -62,19 +61,10 @@ def on_kernels(function: Any) -> Any:
     return pytest.mark.gpu(skip(function))
 
 
-@cache
-def _interpreting() -> tuple[Path, Any]:
-    """Socket of a server of processes where Triton interprets, and what ends with this process."""
-    folder = TemporaryDirectory()
-    socket = Path(folder.name) / "socket"
-    return socket, (folder, warm.start(socket, _ENVIRONMENT))
-
-
 def run_in_interpreter(file: str) -> None:
     """Run the tests of `file` (pass `__file__`) in a process where Triton interprets."""
-    socket, _ = _interpreting()
     done = subprocess.run(
-        [*warm.python(socket), "-m", "pytest", "-x", str(Path(file).resolve())],
+        [*warm.shared_python(**_ENVIRONMENT), "-m", "pytest", "-x", str(Path(file).resolve())],
         env=os.environ | _ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -10,6 +10,7 @@ imported in advance; fulmen is imported by each command itself, in the command's
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import socket
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Mapping
     from pathlib import Path
+    from tempfile import TemporaryDirectory
 
 LIBRARIES = [
     "torch",
@@ -33,6 +35,8 @@ LIBRARIES = [
     "rich.progress",
     "tokenizers",
 ]
+
+_kept: list[tuple[TemporaryDirectory[str], subprocess.Popen[bytes]]] = []
 
 
 def start(path: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
@@ -58,6 +62,18 @@ def start(path: Path, environment: Mapping[str, str] | None = None) -> subproces
 def python(path: Path) -> list[str]:
     """Stands for sys.executable in a command."""
     return [sys.executable, "-I", "-S", __file__, "run", str(path)]
+
+
+@functools.cache
+def shared_python(**environment: str) -> list[str]:
+    """The same, of a server that all tests of this process share and that ends with it."""
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    folder = TemporaryDirectory()
+    path = Path(folder.name) / "socket"
+    _kept.append((folder, start(path, environment)))
+    return python(path)
 
 
 def request(path: str, words: list[str]) -> int:
