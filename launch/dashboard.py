@@ -70,6 +70,10 @@ SECTIONS: dict[str, list[Chart]] = {
         Chart("Busiest expert over the mean", ("expert_imbalance",)),
         Chart("Balance loss", ("aux_loss",)),
     ],
+    "Health": [
+        Chart("Skipped step (1)", ("skipped",)),
+        Chart("Times that the run went back", ("rewinds",)),
+    ],
     "Long texts and reading": [
         Chart("Needle in a haystack by length", names="eval/niah/.*"),
         Chart(

@@ -21,9 +21,11 @@ GROUPS = {
     "mfu": "speed",
     "mfu_palm": "speed",
     "memory_gib": "speed",
+    "skipped": "health",
+    "rewinds": "health",
 }
 """Group of a row's key; the others are of `train`, and a key with a slash brings its own."""
-ALL_GROUPS = ("train", "loss", "eval", "grad_norm", "experts", "speed", "tokens")
+ALL_GROUPS = ("train", "loss", "eval", "grad_norm", "experts", "speed", "health", "tokens")
 """Every group that a chart's name can begin with."""
 
 Load = Sequence[Sequence[float]]

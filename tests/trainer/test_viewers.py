@@ -83,7 +83,7 @@ def test_killed_run_loses_no_row_and_a_resumed_one_reads_back_from_wandb(tmp_pat
     (alert,) = records["alert"]
     assert alert["title"] == "loss is nan"
     axes = {m["glob_name"]: m["step_metric"] for m in records["metric"] if "glob_name" in m}
-    groups = ("train", "loss", "eval", "grad_norm", "experts", "speed", "tokens")
+    groups = ("train", "loss", "eval", "grad_norm", "experts", "speed", "health", "tokens")
     assert axes == {f"{group}/*": "tokens" for group in groups}
     assert [record["exit_code"] for record in records["exit"]] == [0]
 
