@@ -21,8 +21,8 @@ from fulmen.trainer.run import run
 
 pytestmark = pytest.mark.slow
 
-STEPS = 15
-SAVE_EVERY = 3
+STEPS = 10
+SAVE_EVERY = 2
 SAME = ("step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "batch_digest", "drop_rate")
 
 
