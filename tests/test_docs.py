@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,7 +79,7 @@ def commands(document: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a checkout, whose runs and data are its own."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ["launch", "recipes", "docs", "benchmarks"]:
@@ -97,11 +96,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY, seeing=TINY_SEEING))
     for name, text in (("python", PYTHON), ("torchrun", TORCHRUN)):
         program = folder / "bin" / name
-        command = " ".join(warm.python(folder / "socket"))
+        command = " ".join(warm.shared_python())
         program.write_text(text.format(real=sys.executable, warm=command, folder=folder))
         program.chmod(0o755)
-    with warm.start(folder / "socket"):
-        yield folder
+    return folder
 
 
 @pytest.mark.slow
