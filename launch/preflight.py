@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fulmen.launch.hydra_main import run_hydra
+from fulmen.parallel.rendezvous import open_store
 from fulmen.trainer.preflight import Faults, facts_of_node, judge_facts, judge_measures
 from fulmen.trainer.preflight_config import PreflightConfig, check_preflight
+from fulmen.trainer.preflight_exchange import NodeMeasurer
 
 BAD_NODES = 3
 """Exit status."""
@@ -38,7 +40,8 @@ def preflight(config: PreflightConfig) -> None:
     os.environ["MASTER_PORT"] = str(config.port if len(names) > 1 else _free_port())
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(len(names))}  # for messages
     started = time.monotonic()
-    bad, report = Meeting(config, names, rank).hold()
+    with NodeMeasurer() as measurer:
+        bad, report = Meeting(config, names, rank, measurer).hold()
     if rank == 0:
         report |= {"seconds": round(time.monotonic() - started, 1), "bad": bad}
         _write(config, bad, report)
@@ -53,10 +56,11 @@ def preflight(config: PreflightConfig) -> None:
 class Meeting:
     """The nodes tell the first one what they are; it judges, and all hear the verdict."""
 
-    def __init__(self, config: PreflightConfig, names: list[str], rank: int) -> None:
-        from fulmen.parallel.rendezvous import open_store
-
+    def __init__(
+        self, config: PreflightConfig, names: list[str], rank: int, measurer: NodeMeasurer
+    ) -> None:
         self._config, self._names, self._rank = config, names, rank
+        self._measurer = measurer
         limit_s = config.meeting_s + (0 if rank == 0 else _OPENED_S)
         self._store = open_store(limit_s, as_host=rank == 0)
 
@@ -68,10 +72,8 @@ class Meeting:
         bad = self._decide("facts", told, lambda: judge_facts(told, config.address))
         report = {"facts": told}
         if not bad:
-            from fulmen.trainer.preflight_exchange import measure_node
-
             gpus = facts["gpus"]
-            measures = measure_node(
+            measures = self._measurer.measure(
                 self._rank,
                 len(names),
                 config.processes or len(gpus) or 1,

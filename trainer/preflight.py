@@ -1,6 +1,6 @@
 """What a node says about itself before training, and which nodes are bad.
 
-Nothing here touches CUDA: the process that asks forks those that measure (preflight_exchange.py).
+Nothing here touches CUDA: what measures (preflight_exchange.py) is forked.
 """
 
 import importlib.metadata

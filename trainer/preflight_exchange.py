@@ -1,15 +1,13 @@
-"""What a node's processes measure before training: work of each GPU, exchanges between them.
+"""What a node's processes measure before training: work of each GPU, exchanges between them."""
 
-`measure_node` forks a process for each rank; the caller must not have touched CUDA.
-"""
-
+import contextlib
 import hashlib
 import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -27,20 +25,65 @@ _LINGER_S = 10.0
 _REPEATS = {"cuda": 10, "cpu": 2}
 
 
-def measure_node(
-    node: int, nodes: int, processes: int, *, on_gpu: bool, limit_s: float
-) -> dict[str, Any]:
-    """The measures of a node as trainer/preflight.py judges them; all nodes call it together.
+class NodeMeasurer:
+    """Measures the node with a process for each rank, which a process of its own forks.
 
-    MASTER_ADDR and MASTER_PORT name a store that exists.
+    A forked process has copies of the locks that threads held at that moment, and waits for them
+    for ever. So the one that forks is made here, before the caller has threads (a store has some)
+    or has touched CUDA.
     """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._forker = context.Process(target=self._fork_on_demand, args=(theirs,))
+        self._forker.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._forker.join(_LINGER_S)
+        self._forker.kill()
+
+    def measure(
+        self, node: int, nodes: int, processes: int, *, on_gpu: bool, limit_s: float
+    ) -> dict[str, Any]:
+        """The measures of a node as trainer/preflight.py judges them; all nodes call it together.
+
+        MASTER_ADDR and MASTER_PORT name a store that exists.
+        """
+        address = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+        failure = "no result in time"
+        try:
+            self._pipe.send((address, node, nodes, processes, on_gpu, limit_s))
+            if self._pipe.poll(limit_s + 2 * _LINGER_S):
+                measures: dict[str, Any] = self._pipe.recv()
+                return measures
+        except (EOFError, ConnectionError):
+            failure = "the process that measures died"
+        return {"failure": failure, "reached": 0, "name": _STAGES[0]}
+
+    def _fork_on_demand(self, pipe: Connection) -> None:
+        self._pipe.close()
+        with contextlib.suppress(EOFError):
+            while True:
+                pipe.send(_measure_node(*pipe.recv()))
+
+
+def _measure_node(
+    address: dict[str, str], node: int, nodes: int, processes: int, on_gpu: bool, limit_s: float
+) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     pipes, workers = [], []
     for local in range(processes):
         ours, theirs = context.Pipe(duplex=False)
         ranks = {"RANK": node * processes + local, "LOCAL_RANK": local}
         sizes = {"WORLD_SIZE": nodes * processes, "LOCAL_WORLD_SIZE": processes}
-        worker = context.Process(target=_work, args=(theirs, ranks | sizes, on_gpu, limit_s))
+        environment = address | {key: str(value) for key, value in (ranks | sizes).items()}
+        worker = context.Process(target=_work, args=(theirs, environment, on_gpu, limit_s))
         worker.start()
         theirs.close()
         pipes.append(ours)
@@ -94,8 +137,8 @@ def _collect(pipes: list[Connection], deadline: float) -> tuple[list[dict[str, A
     return ordered, failure, min(reached)
 
 
-def _work(pipe: Connection, environment: dict[str, int], on_gpu: bool, limit_s: float) -> None:
-    os.environ.update({key: str(value) for key, value in environment.items()})
+def _work(pipe: Connection, environment: dict[str, str], on_gpu: bool, limit_s: float) -> None:
+    os.environ.update(environment)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the parent on the first node has it
     try:
         if not on_gpu:

@@ -1,7 +1,10 @@
 """Which nodes a preflight calls bad, and why."""
 
 import json
+import multiprocessing
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,9 @@ from typing import Any
 import pytest
 from support.worlds import free_port, run_processes
 
+import fulmen.launch.preflight as preflight_command
 import fulmen.trainer.preflight as preflight_of_nodes
+import fulmen.trainer.preflight_exchange as exchange
 from fulmen.launch.preflight import describe, preflight
 from fulmen.trainer.preflight import (
     facts_of_node,
@@ -177,6 +182,50 @@ def test_wrong_keys_are_named() -> None:
         check_preflight(PreflightConfig(nodes=["a", "b"]))
     with pytest.raises(ValueError, match="twice"):
         check_preflight(PreflightConfig(nodes=["a", "a"], address="x"))
+
+
+def test_what_measures_has_no_copy_of_a_lock_that_a_thread_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lock = threading.Lock()
+
+    def measure(tell: Callable[[int], None], limit_s: float) -> dict[str, Any]:
+        if not lock.acquire(timeout=limit_s):
+            raise TimeoutError("nobody lets go of the lock")
+        return {"clock": 1.0, "tflops": 0.0, "checksum": ""} | dict.fromkeys(
+            ("node", "pairs", "all_reduce", "all_to_all")
+        )
+
+    monkeypatch.setattr(exchange, "_measure", measure)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with exchange.NodeMeasurer() as measurer, lock:
+        measures = measurer.measure(0, 1, 2, on_gpu=False, limit_s=1.0)
+    assert measures["failure"] == ""
+    assert measures["tflops"] == [0.0, 0.0]
+    with exchange.NodeMeasurer() as measurer:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        assert "died" in measurer.measure(0, 1, 2, on_gpu=False, limit_s=1.0)["failure"]
+
+
+def test_what_measures_is_forked_before_the_store_has_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class OpenedError(Exception):
+        pass
+
+    def open_store(*_: Any, **__: Any) -> None:
+        assert len(multiprocessing.active_children()) == 1
+        raise OpenedError
+
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")  # put back afterwards
+    monkeypatch.setattr(preflight_command, "open_store", open_store)
+    with pytest.raises(OpenedError):
+        preflight(PreflightConfig())
+    assert not multiprocessing.active_children()
 
 
 def take_part(config: PreflightConfig) -> int:
