@@ -19,10 +19,12 @@ RECIPES = str(Path(__file__).resolve().parent.parent / "recipes")
 Schema = TypeVar("Schema")
 _OPEN = (
     r"data\.sources\.[^.=]+\.(path|weight)="
-    r"|stages\.[^.=]+\.(lengths|weights|late_weights|parallel|trainer)\.[^.=]+="
+    r"|stages\.[^.=]+\.(lengths|weights|late_weights)\.[^.=]+="
+    r"|stages\.[^.=]+\.(parallel|trainer|optim|preference|evaluation|health)\.[^=]+="
     r"|fields\.[^.=]+="
     r"|slurm\.sweep="
 )
+_NO_ENTRY = ": the recipe has no entry of that name (--cfg job prints those that it has)"
 
 
 def open_mappings(override: str) -> str:
@@ -86,7 +88,12 @@ def explain(error: Exception, schema: type) -> str:
     if unknown and re.search(r"Key '\S+' (is )?not in", text):
         key = unknown.group(1) or unknown.group(2)
         near = nearest_keys(key, schema)
+        if key in near:
+            return f"unknown key {key}{_NO_ENTRY}"
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         return f"unknown key {key}{hint}"
+    added = re.search(r"Error merging override \+\+(stages\.[^=]+)=", text)
+    if added and "is not a subclass of StageConfig" in text:
+        return f"unknown key {added.group(1)}{_NO_ENTRY}"
     lines = [line for line in dict.fromkeys(text.splitlines()) if not line.startswith("    ")]
     return "\n".join(lines)

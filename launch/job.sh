@@ -8,7 +8,9 @@ say() { echo "$(date '+%F %T') job $JOB: $*"; }
 
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 export HERE CODE PYTHON NODES PROCESSES
+set +u # the cluster's lines may read what is not set
 . "$HERE/environment.sh"
+set -u
 
 if [ -e "$RUN/DONE" ]; then say "$RUN is done"; exit 0; fi
 if [ -e "$RUN/STOP" ] && ! grep -qs "^job" "$RUN/STOP"; then
@@ -27,10 +29,10 @@ on_term() { say "TERM: the run saves and stops"; terminated=1; }
 trap on_term TERM
 
 # Run a line of shell on every node, one task each. It is in the background so that traps run at once. When one of them
-# ends, the others have so many seconds to end too (0: for ever).
+# ends, the others have so many seconds to end too.
 on_nodes() {
   local seconds=$1 line=$2; shift 2
-  srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --wait="$seconds" \
+  srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --wait="$seconds" --kill-on-bad-exit=0 \
     bash -c '. "$HERE/environment.sh"; exec '"$line" _ "$@" &
   local pid=$! status
   while :; do
@@ -90,7 +92,7 @@ while :; do
 
   if [ "$PREFLIGHT" = 1 ]; then
     rm -f "$SEEN/bad_nodes" "$SEEN/preflight.json"
-    on_nodes 0 '"$PYTHON" "$CODE/launch/preflight.py" "$@"' "nodes=[$names]" "address=$address" "port=$port" \
+    on_nodes "$PREFLIGHT_WAIT" '"$PYTHON" "$CODE/launch/preflight.py" "$@"' "nodes=[$names]" "address=$address" "port=$port" \
       "folder=$RUN" "output=$SEEN" "processes=$PROCESSES" "${PREFLIGHT_ARGUMENTS[@]}"
     status=$?
     if [ -s "$SEEN/bad_nodes" ]; then leave_out; fi

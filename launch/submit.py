@@ -7,6 +7,7 @@ dry_run=true that is all. docs/operations.md goes through it.
 
 import datetime
 import json
+import math
 import os
 import re
 import shlex
@@ -28,12 +29,16 @@ from fulmen.launch.hydra_main import explain, run_hydra
 from fulmen.launch.snapshot import snapshot
 from fulmen.launch.sweep import Point, compose_point, list_points
 from fulmen.trainer.config import RunConfig, check_run_folder, to_dataclass
+from fulmen.trainer.preflight_config import PreflightConfig
 from fulmen.trainer.stages import check_run
 
 ROOT = Path(__file__).resolve().parent.parent
 _OWN_KEYS = r"[+~]*(slurm\.|cluster=|dry_run=|recipe=|run_root=|run_id=)"
 _TIME = r"(\d+-)?\d+(:\d\d){0,2}"
 _SAVE_S = 60
+_LIMITS = ("meeting_s", "exchange_s")
+_PREFLIGHT_SPARE_S = 120
+"""For what a preflight does besides, and the nodes' starts."""
 """Taken for a save, when the notice before the time limit is checked."""
 
 
@@ -101,6 +106,12 @@ def submit(config: SubmitConfig) -> None:
     run_id = config.run_id or f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(config.run_root).absolute() / recipe / run_id
     runs = check_runs(config, cluster, folder)
+    if any(run.config.checkpoint.resume == "never" for run in runs):
+        raise ValueError(
+            "checkpoint.resume=never: a job that is begun again repeats its command line, and "
+            "would refuse what it has saved itself: leave it out; a new run_id has no "
+            "checkpoints to begin from"
+        )
     for run in runs:
         check_run_folder(run.folder)
     here = _next_folder(folder / "slurm")
@@ -269,6 +280,7 @@ def render_job(
         "CHAIN": slurm.chain,
         "EXCLUDE": slurm.exclude or "",
         "PREFLIGHT": int(slurm.preflight),
+        "PREFLIGHT_WAIT": _preflight_limit(cluster),
         "LEAVE_OUT": int(slurm.leave_out_bad),
         "INTERFACE": cluster.interface or "",
     }
@@ -283,6 +295,13 @@ def render_job(
     lines.append(_array("ARGUMENTS", arguments))
     lines += _of_runs(runs, here)
     return "\n".join(lines) + "\n" + (ROOT / "launch" / "job.sh").read_text()
+
+
+def _preflight_limit(cluster: ClusterConfig) -> int:
+    """Seconds after which every node has ended its preflight that can."""
+    limits = (cluster.preflight.get(key, getattr(PreflightConfig, key)) for key in _LIMITS)
+    meeting_s, exchange_s = map(float, limits)
+    return math.ceil(meeting_s + 2 * exchange_s) + _PREFLIGHT_SPARE_S
 
 
 def _of_runs(runs: Sequence[Run], here: Path) -> list[str]:

@@ -34,7 +34,14 @@ from torch.distributed.tensor import DTensor
 from fulmen.parallel.progress import end_process
 from fulmen.trainer.config import CheckpointConfig
 from fulmen.trainer.disk import describe_space
-from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, describe, verify, write_manifest
+from fulmen.trainer.manifest import (
+    CONFIG_FILE,
+    CheckpointError,
+    describe,
+    verify,
+    write_durably,
+    write_manifest,
+)
 from fulmen.trainer.run_log import log
 
 STATE_FILE = "trainer_state.json"
@@ -299,8 +306,8 @@ class Checkpointer:
             if self._rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
                 temporary.mkdir(parents=True)
-                (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
-                (temporary / CONFIG_FILE).write_text(config)
+                write_durably(temporary / STATE_FILE, json.dumps(state, indent=1))
+                write_durably(temporary / CONFIG_FILE, config)
 
         def describe_own_files() -> dict[str, Any]:
             names = [file.name for file in temporary.glob(f"__{self._rank}_*")]
@@ -322,7 +329,9 @@ class Checkpointer:
                     log.warning("%s is whole, but what follows a save failed: %s", final, error)
 
         self._together(begin)
-        writer = dcp.FileSystemWriter(temporary, thread_count=1)
+        # No copy-ahead, the tensors are on the host: it would open a context on GPU 0 in each
+        # process, for what is the current device in the main thread is not in this one.
+        writer = dcp.FileSystemWriter(temporary, thread_count=1, per_thread_copy_ahead=0)
         dcp.save(tensors, storage_writer=writer, process_group=self._group)
         described = self._together(describe_own_files)
         self._together(finish)
@@ -346,12 +355,11 @@ class Checkpointer:
 
     def _delete_old(self, step: int, kept: Callable[[int], bool] | None) -> None:
         # Those of later steps are broken, or they would have been resumed from: they do not count.
-        written = [
+        newest = [
             path
-            for path in self._listing()
+            for path in _newest_first(self._listing())
             if (step_of(path) or 0) <= step and not _ends_a_stage(path)
         ]
-        newest = _newest_first(written)
         needed = [path for path in newest if kept is not None and kept(step_of(path) or 0)]
         for path in newest[self._keep :]:
             if path in needed[:1]:
@@ -385,10 +393,12 @@ def step_of(path: Path) -> int | None:
 
 
 def _ends_a_stage(path: Path) -> bool:
-    """Whether it is a stage's last one, which stays whatever `keep` is."""
-    file = path / STATE_FILE
-    state = json.loads(file.read_text()) if file.exists() else {}
-    return bool(state.get("stage", {}).get("ended"))
+    """Whether it is a stage's last one, which stays whatever `keep` is; a torn one is not."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and bool(state.get("stage", {}).get("ended"))
 
 
 def _newest_first(paths: list[Path]) -> list[Path]:

@@ -33,7 +33,7 @@ from fulmen.trainer.reading.in_loop import Reading
 from fulmen.trainer.restore import restore, trained_tensors
 from fulmen.trainer.run_folder import DONE, update_summary
 from fulmen.trainer.run_log import log
-from fulmen.trainer.sources import open_held_out, open_loader
+from fulmen.trainer.sources import check_stages, open_held_out, open_loader
 from fulmen.trainer.stages import drawn_sources, list_stages, run_tokens
 from fulmen.trainer.start import Start, find_start, load_first_weights
 from fulmen.trainer.stop import Stop
@@ -100,6 +100,8 @@ class Trainer:
         )
         self.loader = open_loader(self.run_config, self.start, mesh, state.get("loader"))
         self.held_out = open_held_out(self.run_config, mesh)
+        splits = [*self.loader.splits, *self.held_out.values()]
+        check_stages(self.run_config, self.stage.index, splits)
         self.objective = self._open_objective(state.get("objective", {}))
         self.long_context = LongContext.open(config, self.model, mesh)
         self.reading = Reading.open(config, self.model, mesh, run_dir)

@@ -31,13 +31,19 @@ def describe(path: Path, name: str) -> dict[str, int | str]:
     return {"bytes": file.stat().st_size, "sha256": checksum(file)}
 
 
-def write_manifest(path: Path, files: Mapping[str, Mapping[str, int | str]]) -> None:
-    """Write the manifest of folder `path`, durably and in one step."""
-    temporary = path / (MANIFEST + ".tmp")
-    with temporary.open("w") as file:
-        json.dump({"version": FORMAT_VERSION, "files": dict(sorted(files.items()))}, file, indent=1)
+def write_durably(path: Path, text: str) -> None:
+    """Write a file that is still whole if the machine loses power afterwards."""
+    with path.open("w") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_manifest(path: Path, files: Mapping[str, Mapping[str, int | str]]) -> None:
+    """Write the manifest of folder `path`, durably and in one step."""
+    content = {"version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
+    temporary = path / (MANIFEST + ".tmp")
+    write_durably(temporary, json.dumps(content, indent=1))
     temporary.replace(path / MANIFEST)
 
 

@@ -96,7 +96,7 @@ def open_stage(
     """
     phase("choice of a checkpoint")
     finder = Checkpointer.of_run(run_dir, config.checkpoint)
-    start = find_start(config, finder)
+    start = find_start(config, finder, is_first=is_first)
     finder.close()
     stage = start.stage
     fault = fault_of(stage, dist.get_world_size())

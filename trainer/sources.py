@@ -1,12 +1,16 @@
 """The sources of a run as a stage uses them: what it trains on, and what is held out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fulmen.data.loader import PackedLoader
+from fulmen.data.micro_batches import check_fits
 from fulmen.data.shards import PreparedSplit
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.inputs import check_images
+from fulmen.trainer.long_context.in_loop import open_texts
+from fulmen.trainer.reading.in_loop import open_questions
 from fulmen.trainer.stages import drawn_sources, list_shares, list_stages, shares_at
 from fulmen.trainer.start import Start
 
@@ -63,3 +67,22 @@ def open_held_out(run_config: RunConfig, mesh: Mesh) -> dict[str, PreparedSplit]
         )
         for name, source in run_config.data.sources.items()
     }
+
+
+def check_stages(run_config: RunConfig, first: int, splits: Sequence[PreparedSplit]) -> None:
+    """`ValueError`, naming key and stage, for what `first` or a later one cannot do with its data.
+
+    `splits` are those that train and those that are held out, of all sources. Evaluations of the
+    stage `first` are left to those who open them now.
+    """
+    for stage in list_stages(run_config)[first:]:
+        config = stage.config
+        try:
+            for split in splits:
+                check_fits(split, config.data.seq_len)
+            if stage.index > first and config.evaluation.long_context.every_steps is not None:
+                open_texts(config)
+            if stage.index > first and config.evaluation.reading.every_steps is not None:
+                open_questions(config)
+        except ValueError as error:
+            raise ValueError(f"stages.{stage.name}: {error}" if stage.name else error) from None

@@ -46,10 +46,13 @@ class Start:
     """Where the vision tower comes from, if not from the checkpoint."""
 
 
-def find_start(config: RunConfig, checkpointer: Checkpointer) -> Start:
-    """What `checkpoint` and the run's own checkpoints say; every rank calls it."""
+def find_start(config: RunConfig, checkpointer: Checkpointer, *, is_first: bool = True) -> Start:
+    """What `checkpoint` and the run's own checkpoints say; every rank calls it.
+
+    Where it `is_first` in this job there may have to be none of its own.
+    """
     stages = list_stages(config)
-    path, is_own = _choose(config, checkpointer)
+    path, is_own = _choose(config, checkpointer, is_first)
     state = {} if path is None else _state(path)
     # Of a run without stages, or from before there were any, nothing is known but its step.
     known = state.get("stage", {"name": "", "first_step": 0, "ended": False})
@@ -156,18 +159,18 @@ def _state(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _choose(config: RunConfig, checkpointer: Checkpointer) -> tuple[Path | None, bool]:
+def _choose(
+    config: RunConfig, checkpointer: Checkpointer, is_first: bool
+) -> tuple[Path | None, bool]:
     """The checkpoint, if there is one, and whether it is one of this run."""
     resume, own = config.checkpoint.resume, checkpointer.find_newest()
-    if resume == "never":
-        if own is not None:
-            raise ValueError(
-                f"checkpoint.resume=never, but this run already has {own}: choose another "
-                "run_id, so that nothing is overwritten"
-            )
-        return None, False
-    if resume == "auto" or own is not None:
-        if resume != "auto":
+    if resume == "never" and own is not None and is_first:
+        raise ValueError(
+            f"checkpoint.resume=never, but this run already has {own}: choose another "
+            "run_id, so that nothing is overwritten"
+        )
+    if resume in ("auto", "never") or own is not None:
+        if resume not in ("auto", "never"):
             # A requeued job repeats its command line; it must not fall back to where it began.
             log.info(
                 "checkpoint.resume=%s is where this run began; it goes on from %s", resume, own

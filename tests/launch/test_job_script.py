@@ -116,6 +116,8 @@ def test_a_run_to_its_end(job: Job) -> None:
     assert done.code == 0
     assert len(done.calls) == 2
     assert "nodes=[n1,n2] address=10.0.0.1" in done.calls[0]
+    # Longer than a preflight takes to find out that a node hangs.
+    assert f"--wait={180 + 2 * 180 + 120} --kill-on-bad-exit=0" in done.calls[0]
     assert "--wait=60" in done.calls[1]
     assert done.calls[1].endswith("_ a=b c")
     again = job.go("touch never")
@@ -205,6 +207,14 @@ def test_a_job_without_the_bad_nodes_takes_over(tmp_path: Path) -> None:
     assert done.calls[-1] == (
         f"sbatch --parsable --export=ALL --exclude=n9,n5,n2 {job.here}/job.sh FULMEN_REPLACED=2"
     )
+
+
+def test_the_clusters_lines_may_read_what_is_not_set(job: Job) -> None:
+    cluster = ClusterConfig(gpus_per_node=0, setup=["export NEW_PATH=/opt/lib:$NEVER_SET"])
+    (job.here / "environment.sh").write_text(render_environment(cluster, job.here))
+    done = job.go("echo $NEW_PATH >run/seen", "touch run/DONE")
+    assert done.code == 0, done.output
+    assert (job.run / "seen").read_text() == "/opt/lib:\n"
 
 
 @pytest.mark.parametrize("why", ["told", "all", "often"])

@@ -73,7 +73,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the run `whole`, to which nothing happened, and `stopped`, within each stage."""
     root = tmp_path_factory.mktemp("staged")
     write_sources(root / "data")
-    assert run_world(run_and_look, 2, at(root, "whole")) == [[(0, 1)] * 3] * 2
+    whole = at(root, "whole")
+    whole.checkpoint.resume = "never"  # of its start, not of its stages'
+    assert run_world(run_and_look, 2, whole) == [[(0, 1)] * 3] * 2
     stops = [(at(root, "stopped"), stop) for stop in (5, 11, 16, 20, None)]
     run_world(run_jobs, 2, stops)
     return root

@@ -185,6 +185,17 @@ def test_wrong_values_are_named(changes: dict, message: str) -> None:
         check_slurm(SlurmConfig(**({"nodes": 2, "time": "1:00:00"} | changes)))
 
 
+@pytest.mark.slow
+def test_a_job_that_could_not_be_begun_again_is_refused(tmp_path: Path) -> None:
+    words = ["recipe=text01_tiny", "cluster=recipes/clusters/cpu.yaml", "slurm.nodes=1"]
+    words += ["slurm.time=1:00:00", f"run_root={tmp_path}", "checkpoint.resume=never"]
+    command = [*warm.shared_python(), str(ROOT / "launch" / "submit.py"), *words]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
+    assert said.returncode == 1
+    assert said.stderr.startswith("error: checkpoint.resume=never: a job that is begun again")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

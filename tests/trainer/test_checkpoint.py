@@ -275,6 +275,22 @@ def test_broken_newer_ones_do_not_count_for_retention(
     assert trainer.checkpointer.find_newest() == folder / "step_1"
 
 
+@pytest.mark.parametrize("torn", ["", "[1", "[1]"])
+def test_a_torn_older_one_does_not_stop_saves(
+    run_dir: Path, one_rank: torch.device, tiny_data: Path, torn: str
+) -> None:
+    folder = run_dir / "checkpoints"
+    for step in (4, 6):  # as a machine leaves it that loses power
+        (folder / f"step_{step}" / "trainer_state.json").write_text(torn)
+    config = tiny_config(tiny_data, max_steps=8)
+    config.checkpoint.every_steps, config.checkpoint.keep = 2, 2
+    trainer = train(config, run_dir)
+    assert trainer.checkpointer.find_newest() == folder / "step_8"
+    # What was in the way of the new ones stays to be looked at.
+    aside = {"step_4.replaced-0", "step_6.replaced-0"}
+    assert set(os.listdir(folder)) == {"latest", "step_6", "step_8"} | aside
+
+
 def test_a_run_that_must_be_new_overwrites_nothing(
     run_dir: Path, one_rank: torch.device, tiny_data: Path
 ) -> None:

@@ -17,8 +17,10 @@ from fulmen.data.shards import PreparedSplit
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import RunConfig, check_config
+from fulmen.trainer.long_context import tasks
 from fulmen.trainer.long_context.config import TASKS, LongContextConfig
 from fulmen.trainer.long_context.evaluation import Results, draw
+from fulmen.trainer.long_context.in_loop import LongContext
 from fulmen.trainer.long_context.pictures import short_length
 from fulmen.trainer.long_context.positions import bin_edges, position_loss
 from fulmen.trainer.long_context.tasks import (
@@ -184,6 +186,22 @@ def test_in_the_loop(parallel: ParallelConfig, tiny_data: Path, tmp_path: Path) 
     # Training goes on as if nothing had been.
     losses = [[row["loss"] for row in run if "loss" in row] for run in (plain, rows)]
     assert losses[0] == losses[1]
+
+
+def test_each_text_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle: Any = make_oracle(3)
+    seen: list[str] = []
+    monkeypatch.setattr(tasks, "phase", seen.append)
+    score_cells(oracle, LANGUAGE, CELLS, samples=3, seed=4)
+    assert seen == ["long texts"] * (3 * len(CELLS))
+
+
+def test_a_length_too_short_for_a_task_is_told_at_the_start(tiny_data: Path) -> None:
+    config = tiny_config(tiny_data)
+    nothing: Any = None
+    config.evaluation.long_context = LongContextConfig(every_steps=5, lengths=[4000, 20])
+    with pytest.raises(ValueError, match="niah in lengths=20: a prompt of 20 tokens has no room"):
+        LongContext.open(config, nothing, nothing)
 
 
 def test_bad_keys_are_named(tiny_data: Path) -> None:

@@ -5,15 +5,22 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from support.folders import write_folder
+from support.staged import staged_config, write_sources
 from support.tiny import compose_config, text01_data, tiny_config
 
 from fulmen.data.buckets import BUCKETS
 from fulmen.data.config import SourceConfig
 from fulmen.data.loader import PackedLoader
-from fulmen.launch.hydra_main import open_mappings
+from fulmen.launch.hydra_main import explain, open_mappings
+from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.config import (
     PhaseConfig,
     RampConfig,
@@ -23,6 +30,8 @@ from fulmen.trainer.config import (
     check_config,
     nearest_keys,
 )
+from fulmen.trainer.loop import Trainer
+from fulmen.trainer.sources import check_stages
 from fulmen.trainer.stages import (
     check_run,
     list_shares,
@@ -293,6 +302,44 @@ def test_stages_are_set_on_the_command_line() -> None:
     assert config.stages["to_128k"].parallel == {"cp": 8, "ep": 1}
     assert config.stages["to_512k"].weights == {"corpus": 2.0}
     assert stage_config(config, 2).trainer.compile
+
+
+def test_any_mapping_of_a_stage_is_open_on_the_command_line() -> None:
+    words = ["health.spike_factor=20", "evaluation.reading.every_steps=3", "optim.lr=1e-5"]
+    words += ["preference.beta=0.2", "optim.groups.text.lr_scale=0.5"]
+    words = [f"stages.to_128k.{word}" for word in words]
+    config = compose_config(
+        ["recipe=text01", *text01_data(), *(open_mappings(word) for word in words)]
+    )
+    stage = config.stages["to_128k"]
+    assert stage.health == {"spike_factor": 20}
+    assert stage.evaluation["reading"] == {"every_steps": 3}
+    assert (stage.optim["lr"], stage.preference["beta"]) == (1e-5, 0.2)
+    assert stage.optim["groups"] == {"text": {"lr_scale": 0.5}}
+
+
+@pytest.mark.parametrize("word", ["tokens=2", "parallel.cp=2", "health.spike_factor=20"])
+def test_a_stage_that_is_not_there_is_named(word: str) -> None:
+    word = f"stages.to_64k.{word}"
+    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
+        compose_config(["recipe=text01", *text01_data(), open_mappings(word)])
+    key = word.partition("=")[0]
+    said = explain(caught.value, RunConfig)
+    assert said.startswith(f"unknown key {key}: the recipe has no entry of that name")
+
+
+def test_what_a_later_stage_cannot_do_is_told_at_the_start(
+    one_rank: torch.device, tmp_path: Path
+) -> None:
+    write_sources(tmp_path)
+    config = staged_config(tmp_path)
+    split: Any = SimpleNamespace(name="text", path="there", images=SimpleNamespace(longest=64))
+    check_stages(config, 1, [split])
+    with pytest.raises(ValueError, match=r"stages\.start: data\.sources\.text: .* 64 tokens"):
+        check_stages(config, 0, [split])
+    config.stages["to_128"].evaluation = {"reading": {"every_steps": 3}}
+    with pytest.raises(ValueError, match=r"stages\.to_128: reading: no source"):
+        Trainer(config, build_mesh(config.parallel, one_rank), tmp_path / "run")
 
 
 def test_the_nearest_key_of_a_stage() -> None:

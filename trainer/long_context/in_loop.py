@@ -7,7 +7,13 @@ from fulmen.data.retrieval import Language
 from fulmen.models.text import TextModel
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.config import RunConfig
-from fulmen.trainer.long_context.tasks import Cell, depths_of, open_language, score_cells
+from fulmen.trainer.long_context.tasks import (
+    Cell,
+    depths_of,
+    make_cell_prompt,
+    open_language,
+    score_cells,
+)
 from fulmen.trainer.prefill import Reader
 
 
@@ -27,23 +33,18 @@ class LongContext:
 
     @classmethod
     def open(cls, config: RunConfig, model: TextModel, mesh: Mesh) -> Self | None:
-        """None where nothing is asked for."""
+        """None where nothing is asked for; ValueError for lengths too short for a task."""
         asked = config.evaluation.long_context
         if asked.every_steps is None:
             return None
-        lengths = asked.lengths or [config.data.seq_len]
+        language, cells = open_texts(config)
         return cls(
             asked.every_steps,
             model,
             mesh,
             Reader(model, chunk_tokens=asked.chunk_tokens, mesh=mesh),
-            open_language(config.data.sources, vocab_size=config.model.vocab_size),
-            [
-                Cell(task, length, depth)
-                for task in asked.tasks
-                for length in lengths
-                for depth in depths_of(asked.depths)
-            ],
+            language,
+            cells,
             asked.samples,
             config.seed,
         )
@@ -66,3 +67,21 @@ class LongContext:
             right, answers = sums.get(name, (0, 0))
             sums[name] = right + score.right, answers + score.answers
         return {name: right / answers for name, (right, answers) in sums.items()}
+
+
+def open_texts(config: RunConfig) -> tuple[Language, list[Cell]]:
+    """What `evaluation.long_context` asks for; ValueError for lengths too short for a task."""
+    asked = config.evaluation.long_context
+    language = open_language(config.data.sources, vocab_size=config.model.vocab_size)
+    lengths = asked.lengths or [config.data.seq_len]
+    cells = [
+        Cell(task, length, depth)
+        for task in asked.tasks
+        for length in lengths
+        for depth in depths_of(asked.depths)
+    ]
+    for task in asked.tasks:
+        shortest = Cell(task, min(lengths), depth=0.0)
+        for sample in range(asked.samples):
+            make_cell_prompt(shortest, language, seed=config.seed, sample=sample)
+    return language, cells

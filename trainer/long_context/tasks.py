@@ -18,6 +18,7 @@ from fulmen.data.retrieval import Language, Prompt, language_of, make_prompt
 from fulmen.data.shards import PreparedSplit, read_manifest
 from fulmen.data.tokenise import load_tokenizer
 from fulmen.parallel.mesh import Mesh
+from fulmen.parallel.progress import phase
 from fulmen.trainer.long_context.common_words import make_common_words
 from fulmen.trainer.long_context.config import TASKS
 from fulmen.trainer.prefill import Reader
@@ -92,6 +93,7 @@ def score_cells(
     texts = [(place, sample) for place in range(len(cells)) for sample in range(samples)]
     sums = torch.zeros(len(cells), 4, dtype=torch.long)
     for begin in range(0, len(texts), rows):
+        phase("long texts")
         # Towards the end some rows have none left, and read one again for company.
         turn = begin + row
         place, sample = texts[min(turn, len(texts) - 1)]

@@ -38,13 +38,7 @@ class Reading:
         asked = config.evaluation.reading
         if asked.every_steps is None:
             return None
-        tokenizer, questions = held_out_questions(
-            config.data.sources,
-            asked.sources,
-            config.model,
-            max_documents=asked.max_documents,
-            max_answer_tokens=asked.max_answer_tokens,
-        )
+        tokenizer, questions = open_questions(config)
         reader = Reader(model, mesh=mesh)
         return cls(
             asked.every_steps, model, mesh, reader, questions, tokenizer, asked.examples, run_dir
@@ -65,3 +59,15 @@ class Reading:
                     log.warning("answers of step %d could not be kept: %s", step, error)
         self.model.train()
         return scores
+
+
+def open_questions(config: RunConfig) -> tuple[Tokenizer, dict[str, list[Question]]]:
+    """What `evaluation.reading` asks for, by source; ValueError where there is nothing to ask."""
+    asked = config.evaluation.reading
+    return held_out_questions(
+        config.data.sources,
+        asked.sources,
+        config.model,
+        max_documents=asked.max_documents,
+        max_answer_tokens=asked.max_answer_tokens,
+    )
