@@ -251,7 +251,8 @@ class CoCa(nn.Module):
             x = block(x)
         first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=ids.device)
         ends = x.flatten(0, 1).index_select(0, first + lengths)
-        return x[:, :-1], unit(self.text_head(ends))
+        # The layers behind may be computed twice, from a copy on the host that needs it dense.
+        return x[:, :-1].contiguous(), unit(self.text_head(ends))
 
 
 def layer_norm(size: int, config: ModelConfig) -> nn.LayerNorm:

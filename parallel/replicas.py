@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fulmen.parallel.audit import EXPERT_AXES
+from fulmen.parallel.mesh import Mesh
 from fulmen.parallel.progress import exchange
 from fulmen.parallel.rendezvous import name_ranks
 from fulmen.parallel.zero import ZeroEngine, local_part
@@ -88,7 +89,7 @@ def find_difference(kept: Mapping[str, DTensor], host: int, engine: ZeroEngine) 
     with exchange("checksums of replicas"), torch.no_grad():
         groups: dict[dist.ProcessGroup, list[Copy]] = {}
         for copy in chain(_kept(kept), _gathered(engine)):
-            groups.setdefault(copy.mesh.get_group(copy.axis), []).append(copy)
+            groups.setdefault(_group_of(copy, mesh), []).append(copy)
         differ = {
             group: _differ(torch.stack([copy.total for copy in copies]), group)
             for group, copies in groups.items()
@@ -176,6 +177,19 @@ def _copy_axes(kept: DTensor, *, gathered: bool) -> list[int]:
         if mesh.size(axis) > 1
         and (placement.is_replicate() or (gathered and name not in EXPERT_AXES))
     ]
+
+
+def _group_of(copy: Copy, mesh: Mesh) -> dist.ProcessGroup:
+    """By the axis' name: a tensor's own mesh is equal, but may be that of a stage before, whose
+    groups are gone, for DTensor keeps meshes and tells them apart by ranks and names alone."""
+    assert copy.mesh.mesh_dim_names is not None
+    name = copy.mesh.mesh_dim_names[copy.axis]
+    (own,) = (
+        one
+        for one in (mesh.shard, mesh.replicate, mesh.experts)
+        if one.mesh_dim_names is not None and name in one.mesh_dim_names
+    )
+    return own.get_group(name)
 
 
 def _differ(values: Tensor, group: dist.ProcessGroup) -> Tensor:

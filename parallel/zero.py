@@ -169,7 +169,7 @@ class ZeroEngine:
             loss.copy_(sums[-1])
         self._part_sums = sums[: len(self._parts)]
         norm = self._part_sums.sum().sqrt()
-        if max_norm is not None:
+        if max_norm is not None and held:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
             torch._foreach_mul_(held, scale)
         return norm.float()

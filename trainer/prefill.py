@@ -6,6 +6,8 @@ only where they are asked for. With `mesh.cp` above 1 the ranks that share a row
 together: see `parallel/prompt.py`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from fulmen.kernels.cross_entropy.op import IGNORE_INDEX
 from fulmen.models.layers import Cache
+from fulmen.models.moe import Experts
 from fulmen.models.text import TextModel
 from fulmen.models.vl import Images
 from fulmen.parallel.mesh import Mesh
@@ -59,6 +62,7 @@ class Reader:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens={chunk_tokens}: must be at least 1")
         self.model, self.chunk_tokens = model, chunk_tokens
+        self._experts = [module for module in model.modules() if isinstance(module, Experts)]
         self.device = next(model.parameters()).device if mesh is None else mesh.device
         self.rank, self.ranks = (0, 1) if mesh is None else (mesh.cp_rank, mesh.cp)
         self.group = None if mesh is None else mesh.cp_group
@@ -149,7 +153,7 @@ class Reader:
         first = here.start - piece.start
         part = PromptPart(self.rank, self.ranks, piece.is_shared) if self.ranks > 1 else None
         # A compiled block would be compiled anew for every number of keys.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), self._experts_in_one_go():
             output = self.model(
                 own[None],
                 labels=None if labels is None else labels.to(self.device)[None],
@@ -163,6 +167,18 @@ class Reader:
         assert isinstance(output, Tensor)
         cache.num_tokens = piece.end  # the model has counted this rank's alone
         return output
+
+    @contextmanager
+    def _experts_in_one_go(self) -> Iterator[None]:
+        """Experts exchange tokens for each chunk, and the pieces of ranks differ in length."""
+        kept = [experts.chunk_tokens for experts in self._experts]
+        for experts in self._experts:
+            experts.chunk_tokens = None
+        try:
+            yield
+        finally:
+            for experts, chunk_tokens in zip(self._experts, kept, strict=True):
+                experts.chunk_tokens = chunk_tokens
 
     def _idle(self, passes: int, *, loss: bool = False, seen: Tensor | None = None) -> None:
         ids = torch.zeros(1, dtype=torch.long, device=self.device)

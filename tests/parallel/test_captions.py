@@ -21,7 +21,9 @@ SHARES = {1: [(0, 10)], 2: [(0, 7), (7, 10)], 4: [(0, 3), (3, 3), (3, 9), (9, 10
 """First and end of each rank's pairs; one rank of four has none."""
 
 
-def step(device: torch.device, stage: int, policy: str) -> tuple[dict, str]:
+def step(
+    device: torch.device, stage: int, policy: str, offload_checkpoints: bool = False
+) -> tuple[dict, str]:
     """Losses, gradients and their norm of one micro-batch."""
     config = ParallelConfig(zero_stage=stage)
     mesh = build_mesh(config, device)
@@ -35,6 +37,7 @@ def step(device: torch.device, stage: int, policy: str) -> tuple[dict, str]:
         activation_checkpointing=policy,
         compile_blocks=False,
         seed=2,
+        offload_checkpoints=offload_checkpoints,
     )
     tables = audit(model, engine, config)
     pixels, captions = pairs(COUNT)

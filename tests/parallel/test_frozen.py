@@ -275,3 +275,44 @@ def test_frozen_parameters_hold_nothing(size: int, case: Case) -> None:
             assert {one["gradients"] for one in held} == {trains}
         elif min(stages) > 1:
             assert [one["gradients"] for one in held] == [one["weights"] for one in held]
+
+
+def train_the_routers(device: torch.device) -> tuple[float, float]:
+    """The gradient norm of a step, and how far the weights went that this rank holds."""
+    groups = {
+        "routers": GroupConfig(match=r".*block_sparse_moe\.gate"),
+        "rest": GroupConfig(match="", frozen=True),
+    }
+    optim = OptimConfig(lr=RATE, groups=groups)
+    with torch.device("meta"):
+        model = TextModel(tiny_model(num_experts=2, num_experts_per_token=1), MoEConfig())
+    settings = resolve_groups(optim, [name for name, _ in model.named_parameters()])
+    config = ParallelConfig(zero_stage=1)
+    engine = parallelize(
+        model,
+        build_mesh(config, device),
+        config,
+        dtype=torch.float32,
+        activation_checkpointing="none",
+        compile_blocks=False,
+        seed=SEED,
+        frozen=[name for name, one in settings.items() if one.frozen],
+    )
+    optimizer = Optimizer(engine, optim, settings)
+    engine.begin_micro_batch(is_last=True)
+    ids = torch.arange(16)[None]
+    output = model(ids, labels=ids)
+    assert isinstance(output, LossOutput)
+    (output.loss_sum + output.aux_loss).backward()
+    before = [p.to_local().clone() for p in engine.trainable.values()]
+    norm = engine.clip_grad_norm(1e-3)
+    optimizer.step(RATE)
+    after = [p.to_local() for p in engine.trainable.values()]
+    return norm.item(), sum(float((a - b).norm()) for a, b in zip(after, before, strict=True))
+
+
+def test_a_rank_that_holds_nothing_of_what_trains_takes_part() -> None:
+    norms, moved = zip(*run_world(train_the_routers, 4), strict=True)
+    assert len(set(norms)) == 1
+    assert norms[0] > 1e-3
+    assert [distance > 0 for distance in moved] == [True, True, False, False]

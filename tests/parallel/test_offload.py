@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import tiny_config
+from test_captions import step as caption_step
 from test_checkpointing import one_step
 from torch import Tensor
 
@@ -100,21 +101,31 @@ def test_one_behind_is_not_needed_any_more(compute: Stream) -> None:
     assert torch.equal(kept[2].get(), torch.ones(2))
 
 
-@pytest.mark.parametrize("chunk_tokens", [None, 12])
-def test_a_step_by_way_of_the_host(
-    chunk_tokens: int | None,
-    one_rank: torch.device,
-    compute: Stream,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A whole model, also of blocks that keep the output of softmax attention beside."""
-    hosts: list[HostMemory] = []
+@pytest.fixture
+def hosts(compute: Stream, monkeypatch: pytest.MonkeyPatch) -> list[HostMemory]:
+    """Those that models make, as on a GPU."""
+    made: list[HostMemory] = []
 
     def make(_: torch.device) -> HostMemory:
-        hosts.append(HostMemory(SimpleNamespace(type="cuda")))  # type: ignore[arg-type]
-        return hosts[-1]
+        made.append(HostMemory(SimpleNamespace(type="cuda")))  # type: ignore[arg-type]
+        return made[-1]
 
     monkeypatch.setattr(checkpointing, "HostMemory", make)
+    return made
+
+
+def test_a_captioner_by_way_of_the_host(one_rank: torch.device, hosts: list[HostMemory]) -> None:
+    expected, _ = caption_step(one_rank, 1, "full")
+    got, _ = caption_step(one_rank, 1, "full", offload_checkpoints=True)
+    assert len(hosts) == 1
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 12])
+def test_a_step_by_way_of_the_host(
+    chunk_tokens: int | None, one_rank: torch.device, hosts: list[HostMemory]
+) -> None:
+    """A whole model, also of blocks that keep the output of softmax attention beside."""
     way = {"activation_checkpointing": "full", "chunk_tokens": chunk_tokens}
     parallel = {"zero_stage": 1}
     expected = one_step(one_rank, parallel, way, "float32", drops=True)

@@ -19,6 +19,7 @@ from fulmen.parallel.plan import parallelize
 from fulmen.trainer.generate import generate
 from fulmen.trainer.prefill import Piece, Reader, plan_pieces
 
+IN_CHUNKS = {"activation_checkpointing": "full", "chunk_tokens": 16}
 SHAPE = {"num_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -172,9 +173,18 @@ def read_over_ranks(
         (ParallelConfig(cp=2, zero_stage=3), 4, 50, {}),
         (ParallelConfig(cp=2, ep=2), 4, 31, {}),
         (ParallelConfig(), 2, 40, {}),
-        (ParallelConfig(cp=2), 2, 60, {"activation_checkpointing": "full", "chunk_tokens": 16}),
+        (ParallelConfig(cp=2), 2, 60, IN_CHUNKS),
+        (ParallelConfig(ep=2), 2, 40, IN_CHUNKS),
     ],
-    ids=["cp 2", "cp 4", "cp 2, dp 2, zero 3", "cp 2, ep 2", "dp 2", "trained in chunks"],
+    ids=[
+        "cp 2",
+        "cp 4",
+        "cp 2, dp 2, zero 3",
+        "cp 2, ep 2",
+        "dp 2",
+        "trained in chunks",
+        "ep 2, trained in chunks",
+    ],
 )
 def test_ranks_read_one_text_together(
     parallel: ParallelConfig, size: int, chunk_tokens: int, training: dict[str, Any]
