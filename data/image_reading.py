@@ -19,6 +19,7 @@ SUFFIXES = [".tar", ".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst"]
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TEXT_ENDINGS = (".txt", ".caption")
 _PARQUET_ROWS = 16
+_BLOCK_BYTES = 2**20
 # Records of one task of a worker: enough to hide its cost, few enough that all that are under way,
 # images of a jsonl included, can be held in memory.
 _CHUNK_RECORDS, _CHUNK_BYTES = 16, 16 * 2**20
@@ -136,8 +137,22 @@ def _tar_records(path: str, number: int, limits: ReadLimits) -> Iterator[RawReco
             if len(data) != member.size:
                 raise tarfile.ReadError(f"{member.name} ends early")
             members[f".{ending}" if ending else ""] = data
+        end = archive.offset
     if key is not None:
         yield _sample(number, row + 1, key, members, problem)
+    _check_end(path, end)
+
+
+def _check_end(path: str, end: int) -> None:
+    """`tarfile.ReadError` if there is more behind an archive's last member than its padding.
+
+    tarfile takes a damaged header for the end.
+    """
+    with open(path, "rb") as file:
+        file.seek(end)
+        while block := file.read(_BLOCK_BYTES):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"no header of a member at byte {end}")
 
 
 def _sample(

@@ -130,7 +130,12 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
 
 
 def _exif_rotation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 where the EXIF data is damaged, which hurts no pixel."""
+    """EXIF orientation 1 to 8; 1 where the EXIF data is damaged, which hurts no pixel.
+
+    A TIFF has none left: Pillow turns it itself.
+    """
+    if image.format == "TIFF":
+        return 1
     try:
         value = image.getexif().get(0x0112, 1)
     except (SyntaxError, ValueError, KeyError, TypeError, EOFError, OSError, struct.error):

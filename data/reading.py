@@ -14,13 +14,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 # Text in one task of a tokenising process: large enough to hide what a task costs, small enough
 # that all processes end together.
 CHUNK_BYTES = 512 * 1024
 # Few, because a row may be a whole book.
 _PARQUET_ROWS = 64
+_ZSTD_BYTES = 2**14
+"""Read at a time: they may hold a thousand times as many."""
 _SIGNATURE_BYTES = 64 * 1024
 
 
@@ -215,17 +217,32 @@ class _Collector:
         return chunk
 
 
-def _open(path: str, raw: BinaryIO) -> BinaryIO:
-    if path.endswith(".gz"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+def _decompressed(path: str, raw: BinaryIO) -> Iterator[bytes]:
     if path.endswith(".zst"):
-        import zstandard
+        yield from _zstd_blocks(raw)
+        return
+    opened = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+    while block := opened.read(CHUNK_BYTES):
+        yield block
 
-        # Files made by several writers hold several frames; the default stops after one.
-        return cast(
-            BinaryIO, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        )
-    return raw
+
+def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
+    """Of all frames of a file, for files made by several writers hold several.
+
+    The library's stream ends in the middle of a frame as if the file were whole.
+    """
+    import zstandard
+
+    frame = None
+    while rest := raw.read(_ZSTD_BYTES):
+        while rest:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            if block := frame.decompress(rest):
+                yield block
+            rest = frame.unused_data
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends within a frame")
 
 
 def _read_whole(file: InputFile) -> bytes:
@@ -235,20 +252,17 @@ def _read_whole(file: InputFile) -> bytes:
 def _blocks(file: InputFile) -> Iterator[tuple[bytes, int]]:
     """Decompressed blocks of a file, each with the bytes of the file on disk it used up."""
     with open(file.path, "rb") as raw:
-        opened, before = _open(file.path, raw), 0
-        while True:
-            try:
-                block = opened.read(CHUNK_BYTES)
-            except Exception as error:  # gzip, zlib and zstandard each have their own classes
-                raise ValueError(
-                    f"{file.path} is damaged at byte {raw.tell()} ({error}): copy it again or "
-                    "leave it out of input"
-                ) from None
-            if not block:
-                return
-            after = raw.tell()
-            yield block, after - before
-            before = after
+        before = 0
+        try:
+            for block in _decompressed(file.path, raw):
+                after = raw.tell()
+                yield block, after - before
+                before = after
+        except Exception as error:  # gzip, zlib and zstandard each have their own classes
+            raise ValueError(
+                f"{file.path} is damaged at byte {raw.tell()} ({error}): copy it again or "
+                "leave it out of input"
+            ) from None
 
 
 def _line_parts(file: InputFile) -> Iterator[tuple[list[bytes], int]]:
@@ -275,7 +289,9 @@ def read_lines(file: InputFile) -> Iterator[bytes]:
         yield from lines
 
 
-def _parquet_parts(file: InputFile, text_field: str) -> Iterator[tuple[list[str | None], int]]:
+def _parquet_parts(
+    file: InputFile, text_field: str
+) -> Iterator[tuple[list[str | bytes | None], int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import load_dataset
@@ -286,13 +302,18 @@ def _parquet_parts(file: InputFile, text_field: str) -> Iterator[tuple[list[str 
             "parquet",
             data_files=[glob.escape(os.path.abspath(file.path))],
             columns=[text_field],
+            batch_size=_PARQUET_ROWS,  # else as many as the first group has, and it may have none
             split="train",
             streaming=True,
             cache_dir=cache,
         )
         try:
             for table in stream.with_format("arrow").iter(batch_size=_PARQUET_ROWS):
-                texts = table.column(text_field).to_pylist()
+                column = table.column(text_field)
+                try:
+                    texts = column.to_pylist()
+                except UnicodeDecodeError:  # in one of them: whoever decodes them says which
+                    texts = column.cast(pa.large_binary()).to_pylist()
                 yield texts, file.size_bytes * len(texts) // num_rows
         except (pa.ArrowException, OSError) as error:
             raise ValueError(

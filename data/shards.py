@@ -1,5 +1,6 @@
 """Read a prepared folder: memory-mapped token shards, their index and the manifest."""
 
+import contextlib
 import hashlib
 import json
 import resource
@@ -104,10 +105,7 @@ class PreparedSplit:
                 file, size, sha256 = (shard[f"{kind}_{key}"] for key in ("file", "bytes", "sha256"))
                 self._check(file, size, sha256, checked)
 
-        if len(shards) > 100:
-            # Each map holds a file open, and the usual soft limit is 1024.
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        _allow_open_files()
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self.vocab_size = vocab_size
         self.num_documents: int = entry["documents"]
@@ -177,3 +175,11 @@ class PreparedSplit:
         (shard,), (offset,) = self.locate(one)
         (length,) = self.lengths(one)
         return self.tokens[shard][offset : offset + length]
+
+
+def _allow_open_files() -> None:
+    """Each map holds a file open, and the usual soft limit, 1024, is for those of all sources."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # some systems have a limit below theirs
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

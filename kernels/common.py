@@ -7,6 +7,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Of every Triton kernel."""
+SHARED_BYTES_RESERVED = 2 * 2**10
+"""A KiB that CUDA keeps of a program's, and one for reductions."""
 NEEDS_CUDA = "needs a CUDA tensor"
 """The reason that is no news: CPU runs take the references."""
 
@@ -38,3 +40,12 @@ def num_processors(device: torch.device, without_gpu: int) -> int:
     if device.type != "cuda":
         return without_gpu
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_bytes(device: torch.device, most: int) -> int:
+    """Shared memory of a multiprocessor that programs may use together, at most `most`."""
+    if device.type != "cuda":
+        return most
+    whole: int = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return min(most, whole - SHARED_BYTES_RESERVED)

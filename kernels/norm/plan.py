@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fulmen.kernels.common import num_processors, why_not_dtype
+from fulmen.kernels.common import num_processors, shared_bytes, why_not_dtype
 
 LONGEST_ROW = 16384
 THREADS_PER_WARP = 32
@@ -22,7 +22,7 @@ BACKWARD_WARPS_PER_PROCESSOR = 16
 ROWS_IN_FLIGHT = 2
 """Rows that a program loads ahead while it reduces one."""
 SHARED_BYTES_PER_PROCESSOR = 200 * 2**10
-"""Of the 228 KiB of an H100 or H200."""
+"""Of the 228 KiB of an H100 or H200; other chips have less."""
 REGISTERS_PER_PROCESSOR = 65536
 MAX_REGISTERS = 255
 PROCESSORS_WITHOUT_GPU = 1
@@ -86,7 +86,8 @@ def make_plan(x: Tensor, *, num_inputs: int, warps_per_processor: int) -> Plan:
     padded = -(-hidden // piece) * piece
     # The longest rows need more registers a thread than the others.
     together = warps_per_processor // num_warps if padded <= threads * NUMBERS_PER_THREAD else 1
-    fitting = SHARED_BYTES_PER_PROCESSOR // (together * num_inputs * padded * x.element_size())
+    shared = shared_bytes(x.device, SHARED_BYTES_PER_PROCESSOR)
+    fitting = shared // (together * num_inputs * padded * x.element_size())
     processors = num_processors(x.device, PROCESSORS_WITHOUT_GPU)
     return Plan(
         programs=min(x.numel() // hidden, together * processors),

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 from PIL import Image
 from support.pictures import encoded, picture, prepare, write_jsonl, write_tar
 
+from fulmen.data.image_reading import ReadLimits, read_records
 from fulmen.data.images import ImageError, ImageLimits, decode_image
+from fulmen.data.reading import InputFile
 from fulmen.data.shards import PreparedSplit
 
 GOOD = encoded(picture(), "JPEG")
@@ -155,6 +158,26 @@ def test_each_kind_is_counted_and_named(prepared: tuple[Path, dict[str, Any], li
         assert count == sum(row["kind"] == kind for row in rejected)
     named = {row["line"]: row["name"] for row in rejected if row["file"].endswith("b.tar")}
     assert named[21] == "20"
+
+
+@pytest.mark.parametrize(("damage", "whole"), [("flipped", 10), ("zeroed", 10), ("added", 20)])
+def test_a_tar_that_seems_to_end_is_named(tmp_path: Path, damage: str, whole: int) -> None:
+    samples = {f"{n:02}.{ending}": b"x" * 600 for n in range(20) for ending in ("jpg", "txt")}
+    data = bytearray(write_tar(tmp_path / "a.tar", samples).read_bytes())
+    header = data.index(b"10.jpg")
+    if damage == "flipped":
+        data[header + 150] ^= 1  # of its checksum
+    elif damage == "zeroed":
+        data[header : header + 512] = bytes(512)
+    else:  # cat a.tar a.tar
+        data = data + data
+    (tmp_path / "a.tar").write_bytes(data)
+    files = [InputFile(str(tmp_path / "a.tar"), "tar", len(data))]
+    records = list(chain.from_iterable(read_records(files, ReadLimits(max_bytes=1000, names={}))))
+    assert [record.problem for record in records[:-1]] == [None] * whole
+    assert records[-1].problem is not None
+    assert records[-1].problem[0] == "damaged_file"
+    assert f"after record {whole}: ReadError: no header" in records[-1].problem[1]
 
 
 def rows_before_damage(folder: Path) -> int:

@@ -120,6 +120,17 @@ def test_exif_rotation(rotation: int) -> None:
     assert np.array_equal(np.asarray(upright), turned[rotation](np.asarray(image)))
 
 
+@pytest.mark.parametrize("rotation", [1, 3, 6])
+def test_a_tiff_is_turned_once(rotation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = rotation
+    data = encoded(noise(40, 24), "TIFF", exif=exif)
+    upright = decode_image(data, LIMITS)
+    assert image_size(data, LIMITS) == upright.size == ((24, 40) if rotation == 6 else (40, 24))
+    turns = {1: 0, 3: 2, 6: -1}[rotation]
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(noise(40, 24)), turns))
+
+
 def test_an_animation_is_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):

@@ -187,6 +187,41 @@ def test_a_damaged_file_is_named(tmp_path: Path, tokenizer_file: Path, name: str
         run(tmp_path / name, tmp_path / "out", tokenizer_file)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_file_that_ends_early_is_named(tmp_path: Path, tokenizer_file: Path, name: str) -> None:
+    write(tmp_path / name, TEXTS * 50)
+    data = (tmp_path / name).read_bytes()
+    for end in (len(data) - 1, len(data) // 2, data.index(data[:4], 1) + 3):
+        (tmp_path / name).write_bytes(data[:end])
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            run(tmp_path / name, tmp_path / f"out_{end}", tokenizer_file)
+
+
+def test_parquet_without_rows_and_with_bytes_that_are_no_text(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    schema = pa.schema([("text", pa.string())])
+    pq.write_table(schema.empty_table(), folder / "a.parquet")
+    with pq.ParquetWriter(folder / "b.parquet", schema) as writer:
+        writer.write_table(schema.empty_table())
+        values = pa.array([b"good one", b"bad \xff byte", None, b"good two"])
+        writer.write_table(pa.table({"text": values.view(pa.string())}))
+    run(folder, tmp_path / "out", tokenizer_file, max_rejected_fraction=0.8)
+    assert texts_of(tmp_path / "out") == ["good one", "good two"]
+    rejected = rejected_of(tmp_path / "out")
+    assert [(file, row) for file, row, _ in rejected] == [("b.parquet", 2), ("b.parquet", 3)]
+    assert "invalid UTF-8 at byte 4" in rejected[0][2]
+
+
+def test_a_tokenizer_is_trained_on_words_without_end(tmp_path: Path) -> None:
+    """In seconds: whole, a word of a million letters takes the square of that."""
+    write(tmp_path / "a.jsonl", ["x" * 1_000_000, *TEXTS])
+    run(tmp_path / "a.jsonl", tmp_path / "out", "train", vocab_size=280)
+    assert texts_of(tmp_path / "out") == ["x" * 1_000_000, *TEXTS]
+
+
 def test_trained_tokenizer(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", TEXTS + ODD_TEXTS)
     files = []

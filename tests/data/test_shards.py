@@ -1,6 +1,7 @@
 """Prepared folders: documents by number, and one clear error for each thing that can be wrong."""
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +116,14 @@ def test_fingerprint_is_of_the_content(make_folder: MakeFolder) -> None:
         for path in (first, same, other)
     ]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_files_may_be_open_of_many_sources(make_folder: MakeFolder) -> None:
+    folder = make_folder("a", [[1, 2, 3]])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        PreparedSplit(folder, "train", name="x", vocab_size=10)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

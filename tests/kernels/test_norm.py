@@ -4,6 +4,7 @@ With a GPU the kernels' tests run on it (marker gpu), without one in Triton's in
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -200,6 +201,21 @@ def test_the_plan_fits_and_fills_a_multiprocessor(
         assert hidden < 2048 or in_flight >= 32 * 1024
         few = plan.make_plan(x[:3], num_inputs=num_inputs, warps_per_processor=warps)
         assert few.programs == 3
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kib", [98, 162])  # of an L40S and an A100
+def test_the_plan_fits_other_chips(kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "shared_bytes", lambda *_: kib * 1024)
+    warps = plan.BACKWARD_WARPS_PER_PROCESSOR
+    depths = set()
+    for dtype, hidden in product(DTYPES, (2048, 6144, 8192, 16384)):
+        x = torch.empty(9, hidden, dtype=dtype, device="meta")
+        made = plan.make_plan(x, num_inputs=3, warps_per_processor=warps)
+        row = 3 * -(-hidden // made.piece) * made.piece * x.element_size()
+        assert (made.num_stages - 1) * row <= kib * 1024
+        depths.add(made.num_stages)
+    assert depths == {1, 2, 3}
 
 
 @on_kernels
