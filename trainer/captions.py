@@ -65,6 +65,10 @@ class Captioning(Objective):
             + coca.contrastive_weight * output.contrastive_loss_sum / self._num_images
         )
 
+    @property
+    def num_dropped(self) -> Tensor:
+        return torch.zeros((), device=self.mesh.device)
+
     def read_step(self) -> dict[str, Any]:
         means = self._means(self._sums, self._num_labels, self._num_images)
         # There are no experts; one, where no token has a choice, is in balance.

@@ -20,7 +20,7 @@ def core_outputs(s: Sizes, softmax: bool) -> int:
     backward pass, and where it belongs, for the projection's.
     """
     if softmax:
-        return s.e * s.T * s.i * (2 if s.moved else 1) + FP32 * s.T * s.heads
+        return s.e * s.T * s.i * (2 if s.away else 1) + FP32 * s.T * s.heads
     return s.e * s.T * s.i
 
 

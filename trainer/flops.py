@@ -31,6 +31,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 
 import torch
+from torch import Tensor
 
 from fulmen.models.config import ModelConfig, VisionConfig
 from fulmen.models.vision import CHANNELS
@@ -40,9 +41,12 @@ _PEAKS = [
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
     ("H100", 989e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
+    ("H800 PCIe", 756e12),
     ("H800", 989e12),
     ("H20", 148e12),  # behind H200, whose name contains it
+    ("GB200", 2500e12),
     ("B200", 2250e12),
     ("A100", 312e12),
     ("A800", 312e12),
@@ -269,11 +273,11 @@ def palm_training_flops(
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s of the device in `dtype`, or None where it is not known."""
+    """Peak FLOP/s of the device in `dtype`, or None where it is not known, as of a MIG slice."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS if part in name), None)
+    return next((peak for part, peak in _PEAKS if part in name and " MIG " not in name), None)
 
 
 class Throughput:
@@ -302,6 +306,7 @@ class Throughput:
         self._started = time.perf_counter()
         self._steps = self._tokens = self._sum_squared_lengths = 0
         self._tiles = self._image_tokens = 0
+        self._dropped: Tensor | int = 0
 
     def leave_out(self, seconds: float) -> None:
         """Let the interval have begun so much later."""
@@ -314,23 +319,31 @@ class Throughput:
         sum_squared_lengths: int,
         num_tiles: int = 0,
         num_image_tokens: int = 0,
+        num_dropped: Tensor | int = 0,
     ) -> None:
-        """Count one optimiser step, all ranks together."""
+        """Count one optimiser step, all ranks together; `num_dropped` by whom `dropped` is for."""
         self._steps += 1
         self._tokens += num_tokens
         self._sum_squared_lengths += sum_squared_lengths
         self._tiles += num_tiles
         self._image_tokens += num_image_tokens
+        self._dropped = self._dropped + num_dropped
 
-    def read(self, *, drop_rate: float) -> dict[str, float | None]:
-        """The interval's speed; expert work is credited less `drop_rate`. Begins a new interval."""
+    @property
+    def dropped(self) -> Tensor | int:
+        """Sum of `num_dropped` over the interval, for `read`: on the device, not waited for."""
+        return self._dropped
+
+    def read(self, *, num_dropped: int) -> dict[str, float | None]:
+        """The interval's speed; expert work is credited less `num_dropped` assignments, of all
+        ranks. Begins a new interval."""
         elapsed = time.perf_counter() - self._started
         asked = self._tokens * self._config.num_experts_per_token * self._config.num_layers
         flops = training_flops(
             self._config,
             num_tokens=self._tokens,
             sum_squared_lengths=self._sum_squared_lengths,
-            num_assignments=round(asked * (1 - drop_rate)),
+            num_assignments=asked - num_dropped,
             num_tiles=self._tiles,
             num_image_tokens=self._image_tokens,
             passes=self._passes,

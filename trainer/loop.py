@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from fulmen.data.loader import StepBatch
@@ -150,6 +151,7 @@ class Trainer:
                     sum_squared_lengths=batch.sum_squared_lengths,
                     num_tiles=batch.num_tiles,
                     num_image_tokens=batch.num_image_tokens,
+                    num_dropped=self.objective.num_dropped,
                 )
                 saves = self.stop.agreed() or self._is_due(config.checkpoint.every_steps)
                 if self.stop.failed:
@@ -364,6 +366,8 @@ class Trainer:
         if load is not None and self._is_due(self.config.log.expert_load_every_steps):
             read["expert_load"] = load.round(decimals=3).tolist()
         parts = self.engine.part_norms()
+        dropped = torch.as_tensor(self._throughput.dropped, device=self.mesh.device)
+        dist.all_reduce(dropped)
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -375,7 +379,7 @@ class Trainer:
             **self.health.row(),
             "memory_gib": self._memory_gib(),
             "batch_digest": batch.digest,
-            **self._throughput.read(drop_rate=read["drop_rate"]),
+            **self._throughput.read(num_dropped=int(dropped)),
             **{
                 f"{ACCOUNT_PREFIX}{source}/{bucket}": tokens
                 for source, buckets in batch.state["account"].items()

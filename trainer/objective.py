@@ -34,6 +34,9 @@ class Objective(ABC):
     in `loop.OBJECTIVES`.
     """
 
+    _stats: StepStats
+    """Of the step, where there are experts."""
+
     def __init__(
         self,
         config: RunConfig,
@@ -81,6 +84,11 @@ class Objective(ABC):
         Has at least `loss`, `drop_rate` and `expert_imbalance`; numbers, but for `expert_load`, a
         tensor (layers, experts) on the CPU, where there are experts.
         """
+
+    @property
+    def num_dropped(self) -> Tensor:
+        """Expert assignments that this rank has dropped in the step so far, on the device."""
+        return self._stats.num_dropped
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:

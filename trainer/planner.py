@@ -64,10 +64,14 @@ GPUS = {
 }
 _NAMES = [("H100 80GB", "h100"), ("H200", "h200"), ("H800", "h800"), ("H20", "h20")]
 _NAMES += [("A100-SXM4-80GB", "a100")]
+_OTHERS = (" MIG ", " NVL", " PCIe")
+"""Slices, and slower chips of the same names."""
 
 
 def find_gpu(device_name: str) -> Gpu | None:
     """The chip that a device's name stands for, if it is in the table."""
+    if any(part in device_name for part in _OTHERS):
+        return None
     return next((GPUS[gpu] for part, gpu in _NAMES if part in device_name), None)
 
 
@@ -278,13 +282,13 @@ def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> I
     split = parallel.ep * parallel.etp
     for unit in units:
         gathers, reductions = _times(unit, count)
-        others = (unit.ranks - 1) / unit.ranks
+        others = unit.ranks - 1
         if unit.stage == 0:
             # An all-reduce: scatter and gather.
-            size = 2 * FP32 * unit.trained_whole * others
-        else:
-            size = gathers * unit.copy_bytes * unit.whole * others
-            size += reductions * FP32 * unit.trained_whole * others
+            size = 2 * FP32 * unit.trained_whole * others / unit.ranks
+        else:  # padded: each rank sends as much as the one with most
+            size = gathers * unit.copy_bytes * unit.shard * others
+            size += reductions * FP32 * unit.trained_shard * others
         yield "ZeRO", size, unit.ranks, split if unit.name == "experts" else 1
     passes = count_passes(config)
     lightning = model.num_layers - model.num_softmax_layers
@@ -299,6 +303,9 @@ def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> I
         others = parallel.cp - 1
         keys = others * s.T * 2 * s.v * (s.e * (passes.keys - 1) + FP32)
         yield "keys and values", count * model.num_softmax_layers * keys, parallel.cp, 1
+        if s.away:  # queries there and outputs home, and their gradients
+            queries = s.away * 2 * s.i * s.e * passes.keys
+            yield "queries", count * model.num_softmax_layers * queries, parallel.cp, 1
         if model.vision is not None:  # at most: of a rank's tokens many show its own tiles
             size = count * 2 * s.T * model.vision.hidden_size * s.e * others / parallel.cp
             yield "patches", size, parallel.cp, 1

@@ -36,8 +36,8 @@ class Sizes:
     etp: int
     kv_ranks: int
     """Ranks whose keys and values a softmax layer keeps."""
-    moved: bool
-    """Whether softmax layers move tokens to ranks with less to do."""
+    away: int
+    """Of a rank's tokens, a mean, those that softmax layers move to ranks with less to do."""
 
 
 def sizes_of(config: RunConfig) -> Sizes:
@@ -66,15 +66,22 @@ def sizes_of(config: RunConfig) -> Sizes:
         cp=parallel.cp,
         etp=parallel.etp,
         kv_ranks=parallel.cp if parallel.softmax_attention == "gather" else 1,
-        moved=_is_moved(config, tokens),
+        away=_count_away(config, tokens),
     )
 
 
-def _is_moved(config: RunConfig, tokens: int) -> bool:
+def _count_away(config: RunConfig, tokens: int) -> int:
     """Of rows whose documents are as long as they may be."""
     cp, length = config.parallel.cp, config.data.seq_len
     if cp == 1:
-        return False
+        return 0
     row = cp * tokens
     bounds = (*range(0, row, min(length, row)), row)
-    return not plan_layout(cp, tokens, bounds, config.parallel.balance_attention).stays
+    layout = plan_layout(cp, tokens, bounds, config.parallel.balance_attention)
+    away = (
+        layout.tokens_of(chunk)
+        for rank in range(cp)
+        for chunk in layout.owned[rank]
+        if layout.home(chunk) != rank
+    )
+    return ceil(sum(away) / cp)

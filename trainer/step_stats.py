@@ -42,6 +42,11 @@ class StepStats:
         self._sums += torch.stack([value.double() for value in values])
         self._counts += output.counts
 
+    @property
+    def num_dropped(self) -> Tensor:
+        """Assignments that this rank has dropped in the step, on the device."""
+        return self._sums[-1].clone()
+
     def reduce(self) -> "ReducedStats":
         """Sums over all ranks; every rank must call it. Waits for the device."""
         dist.all_reduce(self._sums)

@@ -64,7 +64,8 @@ def hang(way: str, folder: Path) -> None:
     """One process that does not go on in its second step."""
     with (folder / "stderr").open("wb") as file:
         os.dup2(file.fileno(), 2)
-    progress.INTERVAL_S, progress.END_LATER_S = 0.1, 0.5
+    # A watch that comes late on a busy machine must not seem to be one that cannot run.
+    progress.INTERVAL_S, progress.END_LATER_S = 0.1, {"lock": 0.5, "sleep": 3.0}.get(way, 60.0)
     with watched(0, 1, 1.0, run_dir=folder):
         phase("data", 1)
         phase("data", 2)

@@ -97,7 +97,7 @@ def test_flops_by_hand() -> None:
         num_tiles=2,
         num_image_tokens=512,
     )
-    row = speed.read(drop_rate=0.0)
+    row = speed.read(num_dropped=0)
     assert row["flops_per_token"] == 3 * sum(parts.values()) / (2 * length)
     assert row["mfu"] is not None
     assert row["mfu_palm"] is None

@@ -41,6 +41,7 @@ from fulmen.trainer.flops import (
     training_flops,
 )
 from fulmen.trainer.memory import count_model
+from fulmen.trainer.planner import find_gpu
 
 pytestmark = pytest.mark.fast
 
@@ -117,7 +118,7 @@ def test_throughput_counts_tiles_and_image_tokens(monkeypatch: pytest.MonkeyPatc
             num_tokens=3000, sum_squared_lengths=1, num_tiles=tiles, num_image_tokens=tokens
         )
         now[0] += 1.0
-        rows.append(speed.read(drop_rate=0.0))
+        rows.append(speed.read(num_dropped=0))
     with_images, without = (row["flops_per_token"] or 0.0 for row in reversed(rows))
     added = 3 * (5 * 381_918_216_192 + 2340 * 88_080_384) / 3000
     assert with_images - without == pytest.approx(added)
@@ -167,8 +168,10 @@ def test_palm_convention() -> None:
 
 def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_peak(torch.device("cpu"), torch.bfloat16) is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Voodoo 2")
-    assert device_peak(torch.device("cuda"), torch.bfloat16) is None
+    for name in ("Voodoo 2", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert device_peak(torch.device("cuda"), torch.bfloat16) is None
+        assert find_gpu(name) is None
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,10 @@ def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H800 PCIe", 756),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
         ("NVIDIA H20", 148),
         ("NVIDIA A100-SXM4-80GB", 312),
     ],
@@ -194,7 +201,7 @@ def test_throughput_divides_by_time_devices_and_peak(monkeypatch: pytest.MonkeyP
     for _ in range(2):
         speed.add_step(num_tokens=TOKENS, sum_squared_lengths=67_108_864)
     now[0] += 10.0
-    row = speed.read(drop_rate=0.25)
+    row = speed.read(num_dropped=ASSIGNMENTS // 2)
     dense = 94_638_702_592 - 80 * 2 * 339_738_624
     hand = 3 * 2 * (8192 * dense + 0.75 * ASSIGNMENTS * 339_738_624 + 10 * PAIRS * 32_768)
     assert row["step_time_s"] == 5.0
@@ -207,13 +214,13 @@ def test_throughput_divides_by_time_devices_and_peak(monkeypatch: pytest.MonkeyP
     # A new interval begins with each reading.
     speed.add_step(num_tokens=100, sum_squared_lengths=0)
     now[0] += 2.0
-    assert speed.read(drop_rate=0.0)["tokens_per_s"] == 50.0
+    assert speed.read(num_dropped=0)["tokens_per_s"] == 50.0
 
 
 def test_without_a_peak_the_utilisation_is_left_out() -> None:
     speed = Throughput(TEXT01, seq_len=8192, world_size=1, peak=None)
     speed.add_step(num_tokens=1, sum_squared_lengths=1)
-    row = speed.read(drop_rate=0.0)
+    row = speed.read(num_dropped=0)
     assert row["mfu"] is None
     assert row["mfu_palm"] is None
     assert row["tflops_per_device"] is not None
