@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -30,7 +30,10 @@ from fulmen.launch.snapshot import snapshot
 from fulmen.launch.sweep import Point, compose_point, list_points
 from fulmen.trainer.config import RunConfig, check_run_folder, to_dataclass
 from fulmen.trainer.preflight_config import PreflightConfig
-from fulmen.trainer.stages import check_run
+from fulmen.trainer.stages import check_run, fault_of, list_stages
+
+if TYPE_CHECKING:
+    from fulmen.trainer.planner import StagePlan
 
 ROOT = Path(__file__).resolve().parent.parent
 _OWN_KEYS = r"[+~]*(slurm\.|cluster=|dry_run=|recipe=|run_root=|run_id=)"
@@ -210,14 +213,13 @@ def plan(
         raise ValueError(f"{config.cluster}: gpu={cluster.gpu}: must be one of {', '.join(GPUS)}")
     made = make_plan(config, world_size, GPUS[cluster.gpu], Assumptions())
     facts = describe(made)
-    for stage in made.stages:
-        if not stage.fits and not config.trainer.allow_misfit:
-            name = f"stage {stage.name} " if stage.name else "the run "
-            raise ValueError(
-                f"{name}needs {stage.memory_gib:.1f} GiB on a rank, a {cluster.gpu} has "
-                f"{stage.usable_gib}: launch/plan.py with the same keys, gpus={world_size} and "
-                f"gpu={cluster.gpu} says what to change, or set trainer.allow_misfit=true"
-            )
+    misfits = [] if config.trainer.allow_misfit else [s for s in made.stages if not s.fits]
+    if misfits and misfits[0] is made.stages[0]:
+        raise ValueError(
+            f"{_misfit(misfits[0], cluster.gpu)}: launch/plan.py with the same keys, "
+            f"gpus={world_size} and gpu={cluster.gpu} says what to change, or set "
+            "trainer.allow_misfit=true"
+        )
     slowest = max(part.step.seconds for stage in made.stages for part in stage.intervals)
     if config.slurm.notice_s < 2 * slowest + _SAVE_S:
         raise ValueError(
@@ -229,7 +231,16 @@ def plan(
         f"{peak:.1f} of {facts['usable_gib']} GiB, {facts['step_time_s']:.2f} s a step, "
         f"{facts['tokens']:.4g} tokens in {facts['days']:.2f} days"
     )
+    ends = [fault for stage in list_stages(config) if (fault := fault_of(stage, world_size))]
+    ends += [_misfit(stage, cluster.gpu) for stage in misfits]
+    if ends:
+        line += f"; the job will end before a stage that needs others: {ends[0]}"
     return line, facts
+
+
+def _misfit(stage: "StagePlan", gpu: str) -> str:
+    name = f"stage {stage.name}" if stage.name else "the run"
+    return f"{name} needs {stage.memory_gib:.1f} GiB on a rank, a {gpu} has {stage.usable_gib}"
 
 
 def render_job(

@@ -73,7 +73,7 @@ def check_parallel(config: ParallelConfig, world_size: int) -> None:
 def check_experts(config: ParallelConfig, model: ModelConfig, world_size: int) -> None:
     """Raise `ValueError` naming the keys if the ranks cannot share this model's experts.
 
-    Without `ep` and `etp` it depends on the ZeRO stage alone; see `parallel/zero.py`.
+    See `expert_shard_dim` in parallel/zero.py for those that `ep` and `etp` do not split.
     """
     if model.num_experts % config.ep:
         raise ValueError(
@@ -91,7 +91,9 @@ def check_experts(config: ParallelConfig, model: ModelConfig, world_size: int) -
     widths = {"model.hidden_size": model.hidden_size}
     if config.etp == 1:
         widths["model.expert_hidden_size"] = model.expert_hidden_size
-    if split > 1 and stage and all(width % edp for width in widths.values()):
+    # Whole experts on a rank have no dim to be split, as long as there are enough of them.
+    cut = model.coca is None and (split > 1 or model.num_experts < edp)
+    if cut and stage and all(width % edp for width in widths.values()):
         values = " nor ".join(f"{key}={width}" for key, width in widths.items())
         raise ValueError(
             f"{edp} ranks hold the same experts (processes / parallel.ep / parallel.etp) and do "

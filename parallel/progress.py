@@ -100,6 +100,11 @@ def phase(name: str, step: int | None = None) -> None:
     _HERE.patient = _HERE.steps <= 1 or name not in _OF_A_STEP
 
 
+def expect_compilation() -> None:
+    """The next step may take long, as the first one of a process: it compiles kernels."""
+    _HERE.steps = 0
+
+
 def place() -> str:
     """Where this process is, for people."""
     step = "before the first step" if _HERE.step == START else f"step {_HERE.step}"

@@ -364,10 +364,12 @@ def _check_captioning(config: RunConfig) -> None:
                 "there are no experts: set it to 1"
             )
     long_context = config.evaluation.long_context.every_steps
+    reading = config.evaluation.reading.every_steps
     for key, given in (
         ("trainer.compile", config.trainer.compile),
         ("trainer.chunk_tokens", config.trainer.chunk_tokens is not None),
         ("evaluation.long_context.every_steps", long_context is not None),
+        ("evaluation.reading.every_steps", reading is not None),
         ("optim.groups.*.frozen", any(one.frozen for one in config.optim.groups.values())),
     ):
         if given:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.memory import GIB, count_model, frozen_of
+from fulmen.trainer.stages import list_stages
 
 _MOMENTS = 2
 _FP32 = 4
@@ -28,7 +29,7 @@ def check_disk(config: RunConfig, folder: Path) -> None:
     """
     count = 1 if config.checkpoint.every_steps is None else config.checkpoint.keep + 1
     count += max(0, len(config.stages) - 1)
-    size = checkpoint_bytes(config)
+    size = max(checkpoint_bytes(stage.config) for stage in list_stages(config))
     there = sum(
         file.stat().st_size for path in folder.glob("step_*") for file in path.rglob("*.distcp")
     )

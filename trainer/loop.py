@@ -102,7 +102,7 @@ class Trainer:
         self.loader = open_loader(self.run_config, self.start, mesh, state.get("loader"))
         self.held_out = open_held_out(self.run_config, mesh)
         splits = [*self.loader.splits, *self.held_out.values()]
-        check_stages(self.run_config, self.stage.index, splits)
+        check_stages(self.run_config, self.stage.index, splits, mesh)
         self.objective = self._open_objective(state.get("objective", {}))
         self.long_context = LongContext.open(config, self.model, mesh)
         self.reading = Reading.open(config, self.model, mesh, run_dir)

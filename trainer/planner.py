@@ -30,7 +30,7 @@ from fulmen.trainer.memory import (
 from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_sizes, batch_tokens
 from fulmen.trainer.sizes import Sizes, compute_bytes, sizes_of
-from fulmen.trainer.stages import Stage, list_stages, run_tokens
+from fulmen.trainer.stages import Stage, fault_of, list_stages, run_tokens
 from fulmen.trainer.tower_memory import documents_in
 
 NODE = 8
@@ -442,11 +442,13 @@ def plan_stage(
 
 
 def make_plan(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions) -> Plan:
-    """The plan of a checked configuration, stage after stage."""
+    """The plan of a checked configuration: of all stages that so many processes can run."""
     end = run_tokens(config)
     steps: float = config.trainer.max_steps or math.inf
     stages = []
     for stage in list_stages(config):
+        if fault_of(stage, gpus):
+            continue
         tokens = min(stage.end, end) - stage.start
         stages.append(plan_stage(stage, gpus, gpu, assume, tokens=tokens, steps=steps))
         steps -= sum(interval.steps for interval in stages[-1].intervals)

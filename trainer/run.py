@@ -14,7 +14,14 @@ from fulmen.data.config import SourceConfig
 from fulmen.data.shards import read_manifest
 from fulmen.kernels import registry
 from fulmen.parallel.mesh import Mesh, build_mesh, release_groups
-from fulmen.parallel.progress import CLOSING_S, ExchangeError, ends_within, phase, watched
+from fulmen.parallel.progress import (
+    CLOSING_S,
+    ExchangeError,
+    ends_within,
+    expect_compilation,
+    phase,
+    watched,
+)
 from fulmen.parallel.rendezvous import set_timeout
 from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig, check_run_folder
@@ -63,7 +70,8 @@ def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
                 if rank == 0 and is_first:
                     describe_run(config, trainer, run_dir)
                 trainer.fit()
-                if trainer.finished or trainer.stop.asked:
+                # While the end of the stage was saved it may have been asked to stop.
+                if trainer.finished or trainer.stop.asked or trainer.stop.asked_since():
                     break
                 trainer.close()
                 trainer, is_first = None, False
@@ -95,6 +103,7 @@ def open_stage(
     the job has done what it could, and there is no trainer.
     """
     phase("choice of a checkpoint")
+    expect_compilation()
     finder = Checkpointer.of_run(run_dir, config.checkpoint)
     start = find_start(config, finder, is_first=is_first)
     finder.close()
@@ -125,6 +134,8 @@ def open_stage(
 
 def give_back(device: torch.device) -> None:
     """Free what a stage that is over held: the next one has a mesh of its own."""
+    # What was compiled holds weights, and counts towards torch's limit of compilations.
+    torch.compiler.reset()
     gc.collect()  # modules and hooks refer to each other
     release_groups()
     if device.type == "cuda":

@@ -7,12 +7,14 @@ from fulmen.data.loader import PackedLoader
 from fulmen.data.micro_batches import check_fits
 from fulmen.data.shards import PreparedSplit
 from fulmen.parallel.mesh import Mesh
+from fulmen.trainer.caption_inputs import check_captions
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.inputs import check_images
 from fulmen.trainer.long_context.in_loop import open_texts
 from fulmen.trainer.reading.in_loop import open_questions
 from fulmen.trainer.stages import drawn_sources, list_shares, list_stages, shares_at
 from fulmen.trainer.start import Start
+from fulmen.trainer.zero_shot import ZeroShot
 
 
 def open_loader(
@@ -69,20 +71,38 @@ def open_held_out(run_config: RunConfig, mesh: Mesh) -> dict[str, PreparedSplit]
     }
 
 
-def check_stages(run_config: RunConfig, first: int, splits: Sequence[PreparedSplit]) -> None:
+def check_stages(
+    run_config: RunConfig, first: int, splits: Sequence[PreparedSplit], mesh: Mesh
+) -> None:
     """`ValueError`, naming key and stage, for what `first` or a later one cannot do with its data.
 
-    `splits` are those that train and those that are held out, of all sources. Evaluations of the
-    stage `first` are left to those who open them now.
+    `splits` are those that train and those that are held out, of all sources. Evaluations and
+    captions of the stage `first` are left to those who open them now.
     """
     for stage in list_stages(run_config)[first:]:
         config = stage.config
         try:
             for split in splits:
                 check_fits(split, config.data.seq_len)
-            if stage.index > first and config.evaluation.long_context.every_steps is not None:
+            if stage.index == first:
+                continue
+            if config.evaluation.long_context.every_steps is not None:
                 open_texts(config)
-            if stage.index > first and config.evaluation.reading.every_steps is not None:
+            if config.evaluation.reading.every_steps is not None:
                 open_questions(config)
+            if config.objective == "coca":
+                drawn = drawn_sources(run_config, stage.index)
+                _check_captions(config, drawn, splits, mesh)
         except ValueError as error:
             raise ValueError(f"stages.{stage.name}: {error}" if stage.name else error) from None
+
+
+def _check_captions(
+    config: RunConfig, drawn: set[str], splits: Sequence[PreparedSplit], mesh: Mesh
+) -> None:
+    evaluates = config.evaluation.every_steps is not None
+    for split in splits:
+        if split.name in drawn if split.split == "train" else evaluates:
+            check_captions(split, config.model)
+    for name, folder in config.evaluation.zero_shot.items() if evaluates else ():
+        ZeroShot(name, folder, config, mesh)

@@ -32,8 +32,11 @@ from fulmen.trainer.config import (
 )
 from fulmen.trainer.schedule import batch_sizes, batch_tokens, learning_rate, total_tokens
 
-_OF_THE_RUN = ("max_steps", "max_tokens", "micro_batch_tokens", "allow_misfit")
-"""Keys of `trainer` that a stage's `trainer` cannot have."""
+_OF_THE_RUN = {
+    "trainer": ("max_steps", "max_tokens", "micro_batch_tokens", "allow_misfit"),
+    "parallel": ("timeout_s", "rendezvous_timeout_s"),
+}
+"""Keys of mappings that a stage's cannot have."""
 
 
 @dataclass(frozen=True)
@@ -286,9 +289,10 @@ def _check_stage(config: RunConfig, name: str) -> None:
     last = list(config.stages.values())[-1]
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
         raise ValueError(f"{key}: a stage's name is letters, digits, _ and -, a letter first")
-    for own in _OF_THE_RUN:
-        if own in stage.trainer:
-            raise ValueError(f"{key}.trainer.{own}: not a key of a stage's trainer")
+    for group, names in _OF_THE_RUN.items():
+        for own in names:
+            if own in getattr(stage, group):
+                raise ValueError(f"{key}.{group}.{own}: not a key of a stage's {group}")
     if not stage.schedule.phases and stage.schedule != ScheduleConfig():
         raise ValueError(f"{key}.schedule has no phases: give them too")
     sources = tuple(config.data.sources)

@@ -67,6 +67,11 @@ class Stop:
             log.info("asked to stop by %s: the run saves and ends", by)
         return self.asked
 
+    def asked_since(self) -> bool:
+        """Whether any rank was asked since the last step began; for all, between steps."""
+        self.poll()
+        return self.agreed()
+
     def close(self) -> None:
         """Give the signals back to whoever had them."""
         for number, handler in self._before.items():

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fulmen.parallel.mesh import release_groups
 from fulmen.trainer import run as run_module
 from fulmen.trainer.checkpoint import STATE_FILE
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.run import run
 from fulmen.trainer.weights import load_run_config
@@ -36,7 +39,10 @@ def run_and_look(device: torch.device, config: RunConfig) -> list[tuple[int, int
     give_back, seen = run_module.give_back, []
 
     def look(device: torch.device) -> None:
+        assert torch.compile(torch.square, backend="eager")(torch.ones(2)).sum() == 2
+        assert torch._dynamo.eval_frame.cached_backends
         give_back(device)
+        assert not torch._dynamo.eval_frame.cached_backends  # they hold a compiled stage's weights
         alive = sum(type(thing) is TextModel for thing in gc.get_objects())
         seen.append((alive, len(dist.distributed_c10d._world.pg_map)))
 
@@ -182,6 +188,28 @@ def test_a_run_goes_on_over_a_stage_on_another_mesh(root: Path) -> None:
     run_world(run_jobs, 4, [(config, None)])
     assert (run_dir / "DONE").exists()
     assert_close(rows(run_dir), rows(root / "staged" / "whole"))
+
+
+def run_until_asked(device: torch.device, config: RunConfig, step: int) -> None:
+    train_step = Trainer.train_step
+
+    def asked(trainer: Trainer, batch: Any) -> Any:
+        if trainer.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer, batch)
+
+    Trainer.train_step = asked  # type: ignore[method-assign]
+    run(config, device, "staged")
+
+
+def test_a_stop_in_the_last_step_of_a_stage_is_heard(root: Path) -> None:
+    config = at(root, "asked")
+    last = FIRST_STEPS["to_128"] - 1
+    run_world(run_until_asked, 1, config, last)
+    run_dir = root / "staged" / "asked"
+    assert rows(run_dir)[-1]["step"] == last
+    assert not (run_dir / "DONE").exists()
+    assert "asked to stop by SIGTERM" in (run_dir / "train.log").read_text()
 
 
 def test_the_first_stage_of_a_job_must_be_possible(root: Path) -> None:

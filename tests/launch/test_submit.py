@@ -11,6 +11,7 @@ from support import HANG_S, warm
 from support.tiny import ROOT, compose_config
 
 from fulmen.launch.cluster import ClusterConfig, read_cluster
+from fulmen.launch.hydra_main import open_mappings
 from fulmen.launch.snapshot import ROOMS, snapshot
 from fulmen.launch.submit import (
     Run,
@@ -156,6 +157,25 @@ def test_a_run_that_cannot_fit_is_refused() -> None:
     ):
         planned(*large)
     planned(*large, "trainer.allow_misfit=true", notice_s=1_000_000)
+
+
+def test_a_job_may_end_before_a_stage_that_needs_others() -> None:
+    words = ["recipe=text01_1b_1m", "data.sources.corpus.path=x", "data.sources.long_qa.path=x"]
+    words += ["trainer.micro_batch_tokens=8192"]
+    cluster = ClusterConfig(gpus_per_node=2, gpu="h100")
+    slurm = SlurmConfig(nodes=1, time="10:00:00")
+    for word, told in [
+        ("stages.to_1m.parallel.cp=4", "stages.to_1m: parallel.cp=4 does not divide the 2"),
+        ("seed=1", "stage to_512k needs 84"),
+    ]:
+        run = compose_config([*words, open_mappings(word)])
+        config = SubmitConfig(**vars(run), slurm=slurm, cluster="mine.yaml")
+        line, facts = plan(config, cluster, 2)
+        assert f"the job will end before a stage that needs others: {told}" in line
+        assert facts is not None
+        names = [stage["name"] for stage in facts["stages"]]
+        assert ("to_1m" in names) == (word == "seed=1")
+        assert names[:3] == ["pretrain", "to_128k", "to_512k"]
 
 
 def test_a_notice_shorter_than_two_steps_is_refused() -> None:

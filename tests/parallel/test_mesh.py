@@ -33,6 +33,11 @@ SHAPES = [
         r"8 ranks hold the same .* model\.hidden_size=30 nor model\.expert_hidden_size=26: change "
         r".*parallel\.expert_zero_stage=0",
     ),
+    (
+        {},
+        {"hidden_size": 36, "expert_hidden_size": 24},
+        r"16 ranks hold the same .* model\.hidden_size=36 nor model\.expert_hidden_size=24",
+    ),
     ({"etp": 2}, {"hidden_size": 36}, r"8 ranks hold the same .* model\.hidden_size=36: change"),
 ]
 
@@ -46,6 +51,7 @@ def test_experts_that_do_not_divide_are_named(
         check_experts(ParallelConfig(**axes), tiny_model(**model), 16)
     if "hold the same" in told:
         check_experts(ParallelConfig(expert_zero_stage=0, **axes), tiny_model(**model), 16)
+    check_experts(ParallelConfig(), tiny_model(**model), 4)  # whole experts on each rank
 
 
 def _coordinates(device: torch.device, config: ParallelConfig) -> tuple[tuple, dict, str]:

@@ -19,6 +19,7 @@ from fulmen.parallel.progress import (
     Sign,
     describe,
     exchange,
+    expect_compilation,
     phase,
     watched,
 )
@@ -46,6 +47,21 @@ def test_positions_nest_and_rise() -> None:
     assert position() == ("backward", 7, 6)
     phase("data", 8)
     assert position() == ("data", 8, 1)
+
+
+@pytest.mark.fast
+def test_the_first_step_of_its_kind_may_take_long() -> None:
+    def is_patient(step: int) -> bool:
+        phase("data", step)
+        phase("forward")
+        return progress._HERE.patient
+
+    is_patient(1)
+    assert not is_patient(2)
+    expect_compilation()
+    assert [is_patient(step) for step in (3, 4)] == [True, False]
+    phase("evaluation")
+    assert progress._HERE.patient
 
 
 @pytest.mark.fast

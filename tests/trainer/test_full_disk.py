@@ -18,7 +18,7 @@ from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.rendezvous import join_world
 from fulmen.trainer import disk, metrics
 from fulmen.trainer.checkpoint import Checkpointer, SaveError
-from fulmen.trainer.config import RunConfig
+from fulmen.trainer.config import GroupConfig, RunConfig, StageConfig
 from fulmen.trainer.disk import check_disk, checkpoint_bytes
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import JsonlSink, read_metrics
@@ -149,6 +149,15 @@ def test_the_size_of_a_checkpoint_is_foreseen(
     config.checkpoint.every_steps = None
     check_disk(config, folder)
     check_disk(config, tmp_path / "not" / "there")
+    # Of a run whose stages train more than its own keys say, that of the largest counts.
+    config.optim.groups = {"layers": GroupConfig(match="layers", frozen=True)}
+    assert checkpoint_bytes(config) < 0.6 * size
+    config.trainer.max_steps = None
+    open_groups = {"groups": {"layers": {"frozen": False}}}
+    config.stages = {"one": StageConfig(tokens=512, optim=open_groups)}
+    monkeypatch.setattr(disk, "space", lambda folder: (size - written - 1, 10 * size))
+    with pytest.raises(ValueError, match="1 checkpoints of"):
+        check_disk(config, folder)
 
 
 # ---- metrics.jsonl ----

@@ -228,6 +228,7 @@ MISTAKES = [
         r"unknown key stages\.middle\.trainer\.compil; did you mean",
     ),
     (put("trainer", {"max_steps": 3}), r"stages\.middle\.trainer\.max_steps: not a key of a stage"),
+    (put("parallel", {"timeout_s": 3.0}), r"stages\.middle\.parallel\.timeout_s: not a key of a"),
     (put("trainer", {"dtype": "float16"}), r"stages\.middle: trainer\.dtype=float16: must be one"),
     (put("seq_len", 48), r"stages\.middle: trainer\.micro_batch_tokens=64 is not a multiple of"),
     (put("global_batch_tokens", 100), r"stages\.middle: data\.global_batch_tokens=100 is not a mu"),
@@ -277,7 +278,7 @@ def test_other_stages_may_need_other_processes_but_must_be_possible() -> None:
         check_run(config, 3)
     config.stages["middle"].parallel = {"cp": 64, "ep": 4}
     check_run(config, 1)
-    config.stages["middle"].parallel = {"cp": 96}
+    config.stages["middle"].parallel = {"cp": 96, "expert_zero_stage": 0}
     with pytest.raises(ValueError, match=r"stages\.middle: trainer\.micro_batch_tokens=64 is not"):
         check_run(config, 1)
 
@@ -334,12 +335,13 @@ def test_what_a_later_stage_cannot_do_is_told_at_the_start(
     write_sources(tmp_path)
     config = staged_config(tmp_path)
     split: Any = SimpleNamespace(name="text", path="there", images=SimpleNamespace(longest=64))
-    check_stages(config, 1, [split])
+    mesh = build_mesh(config.parallel, one_rank)
+    check_stages(config, 1, [split], mesh)
     with pytest.raises(ValueError, match=r"stages\.start: data\.sources\.text: .* 64 tokens"):
-        check_stages(config, 0, [split])
+        check_stages(config, 0, [split], mesh)
     config.stages["to_128"].evaluation = {"reading": {"every_steps": 3}}
     with pytest.raises(ValueError, match=r"stages\.to_128: reading: no source"):
-        Trainer(config, build_mesh(config.parallel, one_rank), tmp_path / "run")
+        Trainer(config, mesh, tmp_path / "run")
 
 
 def test_the_nearest_key_of_a_stage() -> None:
