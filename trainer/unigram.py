@@ -39,5 +39,8 @@ def _count(split: PreparedSplit) -> npt.NDArray[np.float64]:
         left -= len(tokens)
         if split.images is not None:
             tokens = tokens[split.images.masks[shard][: len(tokens)] > 0]
+        else:  # a document's first token follows none
+            starts = split.offsets[shard][:-1]
+            tokens = np.delete(tokens, starts[starts < len(tokens)])
         counts += np.bincount(tokens, minlength=split.vocab_size)
     return counts

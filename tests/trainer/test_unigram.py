@@ -20,10 +20,11 @@ def test_unigram_loss_by_hand(tmp_path: Path) -> None:
     train = [PreparedSplit(tmp_path / n, "train", name=n, vocab_size=4) for n in "ab"]
     # The same tokens stand for held-out ones: what counts is which frequencies meet which.
     held_out = {split.name: split for split in train}
-    model_a = [3 / 8, 2 / 8, 2 / 8, 1 / 8]
-    model_b = [1 / 8, 1 / 8, 1 / 8, 5 / 8]
+    # Of documents all but the first tokens are labels.
+    model_a = [2 / 6, 2 / 6, 1 / 6, 1 / 6]
+    model_b = [1 / 7, 1 / 7, 1 / 7, 4 / 7]
     mixed = [0.75 * a + 0.25 * b for a, b in zip(model_a, model_b, strict=True)]
-    data = [0.75 * 2 / 4, 0.75 * 1 / 4, 0.75 * 1 / 4, 0.25]
+    data = [0.75 / 2, 0.75 / 2, 0, 0.25]
     expected = -sum(d * math.log(m) for d, m in zip(data, mixed, strict=True))
     assert unigram_loss(train, held_out, {"a": 3.0, "b": 1.0}) == pytest.approx(expected)
 
