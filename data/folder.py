@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,17 @@ def kept_shards(output: Path) -> list[dict[str, Any]]:
                 return shards
         shards.append(shard)
     return shards
+
+
+def remove_all(output: Path, *, keep_folder: bool) -> None:
+    """Take back what was made in a folder that held nothing before."""
+    for path in output.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not keep_folder:
+        output.rmdir()
 
 
 def _files(output: Path, parts: list[dict[str, Any]]) -> Iterator[tuple[Path, int]]:

@@ -19,7 +19,14 @@ from tokenizers import Tokenizer
 
 from fulmen.data.buckets import length_histogram
 from fulmen.data.config import PrepareConfig
-from fulmen.data.folder import PROGRESS, check_finished, keep_tokenizer, kept_shards, work_on
+from fulmen.data.folder import (
+    PROGRESS,
+    check_finished,
+    keep_tokenizer,
+    kept_shards,
+    remove_all,
+    work_on,
+)
 from fulmen.data.reading import InputFile, check_parquet, input_signature, list_input, read_chunks
 from fulmen.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, file_sha256, read_manifest
 from fulmen.data.tokenise import (
@@ -53,6 +60,7 @@ def prepare(config: PrepareConfig, *, console: Console) -> dict[str, Any]:
     check_parquet(files, config.text_field)
     settings = _settings(config, files)
     if not (output / MANIFEST).exists():
+        was_there, is_begun = output.exists(), (output / PROGRESS).exists()
         with work_on(output, settings):
             tokenizer = keep_tokenizer(
                 output,
@@ -64,6 +72,10 @@ def prepare(config: PrepareConfig, *, console: Console) -> dict[str, Any]:
                 say=console.print,
             )
             shards = _write_shards(config, files, output, tokenizer, console)
+            if not any(shard["documents"] + shard["rejected"] for shard in shards):
+                if not is_begun:  # left there, it would refuse the right input
+                    remove_all(output, keep_folder=was_there)
+                raise ValueError("the input holds no document that is not empty")
             _finish(config, output, settings, tokenizer, shards, console)
     else:
         check_finished(output, settings)
@@ -273,7 +285,7 @@ def _finish(
             f"{output / REJECTED_FILE} (is text_field={config.text_field} right?)"
         )
     if not totals["documents"]:
-        raise ValueError("the input holds no document that is not empty")
+        raise ValueError(f"the input holds no usable document: see {output / REJECTED_FILE}")
     manifest = {
         "format_version": FORMAT_VERSION,
         "settings": settings,

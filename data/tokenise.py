@@ -62,8 +62,14 @@ class EncodedChunk:
 
 
 def load_tokenizer(file: str) -> Tokenizer:
-    """A tokenizer that gives a text's own tokens alone: nothing cut, padded or added."""
-    tokenizer = Tokenizer.from_file(file)
+    """A tokenizer that gives a text's own tokens alone: nothing cut, padded or added.
+
+    ValueError for a file that is none.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(file)
+    except Exception as error:  # the package raises nothing more special
+        raise ValueError(f"{file} is not a tokenizer.json that can be read: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # A text that spells out "<end_of_document>" must not end its document.

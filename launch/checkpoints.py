@@ -1,23 +1,39 @@
 """Which checkpoint and which tokenizer a command means."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
+from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, read_manifest
+
 
 def find_checkpoint(run: str | None, checkpoint: str | None) -> Path:
-    """The folder to load; `ValueError` naming the key if there is none."""
+    """The folder to load; `ValueError` if none is named, or it is no whole checkpoint."""
     if (run is None) == (checkpoint is None):
         raise ValueError("give either run=RUN_FOLDER or checkpoint=CHECKPOINT_FOLDER")
     if run is not None:
         latest = Path(run) / "checkpoints" / "latest"
         if not latest.exists():
             raise ValueError(f"run={run}: it has no checkpoint ({latest} does not exist)")
-        return latest.resolve()
-    path = Path(checkpoint or "")
-    if not path.is_dir():
-        raise ValueError(f"checkpoint={path}: there is no such folder")
-    return path.resolve()
+        path = latest.resolve()
+    else:
+        path = Path(checkpoint or "").resolve()
+        if not path.is_dir():
+            raise ValueError(f"checkpoint={checkpoint}: there is no such folder")
+    read_manifest(path)
+    return path
+
+
+def find_sources(checkpoint: Path) -> Mapping[Any, Any]:
+    """Sources of the data that a checkpoint was trained on, by name; empty for imported weights."""
+    file = checkpoint / CONFIG_FILE
+    try:
+        run = OmegaConf.load(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    return OmegaConf.select(run, "data.sources") or {}
 
 
 def find_tokenizer(tokenizer: str | None, checkpoint: Path) -> Path:
@@ -25,8 +41,7 @@ def find_tokenizer(tokenizer: str | None, checkpoint: Path) -> Path:
     if tokenizer is not None:
         path = Path(tokenizer)
     else:
-        run = OmegaConf.load(checkpoint / "config.yaml")
-        sources = OmegaConf.select(run, "data.sources") or {}
+        sources = find_sources(checkpoint)
         if not sources:
             raise ValueError(f"{checkpoint} names no data: give tokenizer=PATH of a tokenizer.json")
         path = Path(next(iter(sources.values())).path) / "tokenizer.json"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fulmen.launch.checkpoints import find_checkpoint, find_tokenizer
+from fulmen.launch.checkpoints import find_checkpoint, find_sources, find_tokenizer
 from fulmen.launch.hydra_main import run_hydra
 from fulmen.parallel.config import ParallelConfig, check_parallel
 from fulmen.trainer.long_context.config import check_tasks
@@ -71,6 +71,11 @@ def evaluate(config: EvaluateConfig) -> None:
     check(config, world_size)
     tokenizer = find_tokenizer(config.tokenizer, checkpoint)
     output = find_output(config, checkpoint)
+    if POSITION_LOSS in config.tasks and not find_sources(checkpoint):
+        raise ValueError(
+            f"tasks={POSITION_LOSS}: {checkpoint} names no data whose held-out documents could be "
+            "read (imported weights have none): ask for other tasks"
+        )
 
     # torch takes seconds to import; a mistake in the configuration is told before that.
     import torch
@@ -91,6 +96,7 @@ def evaluate(config: EvaluateConfig) -> None:
         depths=config.depths,
         samples=config.samples,
         seed=config.seed,
+        dtype=config.dtype,
     )
     asked = reading.open_questions(
         checkpoint,

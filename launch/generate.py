@@ -4,6 +4,8 @@ With images: `... prompt='<image>What is written here?' images=[a.png]`.
 Keys and their defaults: recipes/generate.yaml.
 """
 
+import math
+import os
 import re
 import sys
 from collections.abc import Collection
@@ -57,6 +59,8 @@ class GenerateConfig:
 
 def sample(config: GenerateConfig) -> None:
     """Load, continue each prompt, print; with `run`, also add the samples to the report."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("generation runs in one process: start with python, without torchrun")
     checkpoint = find_checkpoint(config.run, config.checkpoint)
     check(config)
 
@@ -106,6 +110,26 @@ def check(config: GenerateConfig) -> None:
             raise ValueError(f"{key}={getattr(config, key)}: must be one of {', '.join(choices)}")
     if config.images and config.prompt is None:
         raise ValueError("images: say what is to be done with them, prompt=TEXT")
+    if not texts_of(config):
+        raise ValueError("prompts is empty: give prompt=TEXT, or prompts=[TEXT,...]")
+    for text in texts_of(config):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"prompt {text!r} is not UTF-8: give it in that encoding") from None
+    for key, least in (("max_new_tokens", 0), ("top_k", 1), ("chunk_tokens", 1)):
+        value = getattr(config, key)
+        if value is not None and value < least:
+            raise ValueError(f"{key}={value}: must be at least {least}")
+    if not 0 <= config.temperature < math.inf:
+        raise ValueError(f"temperature={config.temperature}: must be finite and at least 0")
+    if not -(2**63) <= config.seed < 2**63:
+        raise ValueError(f"seed={config.seed}: must be in [-2**63, 2**63)")
+
+
+def texts_of(config: GenerateConfig) -> list[str]:
+    """What is to be continued."""
+    return config.prompts if config.prompt is None else [config.prompt]
 
 
 def read_prompts(
@@ -117,13 +141,18 @@ def read_prompts(
     from fulmen.trainer.weights import load_model_config
 
     tokenizer_file = find_tokenizer(config.tokenizer, checkpoint)
-    texts = config.prompts if config.prompt is None else [config.prompt]
+    texts = texts_of(config)
     chat = bool(config.images) if config.chat is None else config.chat
     if not chat and not config.images:
         tokenizer = load_tokenizer(str(tokenizer_file))
         end_id = end_of_document_id(tokenizer_file)
-        encoded = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+        encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         prompts = [(text, Prompt(ids, ())) for text, ids in zip(texts, encoded, strict=True)]
+        for text, ids in zip(texts, encoded, strict=True):
+            if not ids:
+                raise ValueError(
+                    f"prompt {text!r} has no tokens: give at least one character of text"
+                )
         return tokenizer, prompts, () if end_id is None else (end_id,)
     pictures = [open_picture(Path(path)) for path in config.images]
     vision = load_model_config(checkpoint).vision
@@ -150,7 +179,9 @@ def quote_prompt(word: str) -> str:
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if key != "prompt" or is_quoted or text == "null":
         return word
-    # Of backslashes, Hydra takes only those in front of a quote for anything but themselves.
+    # A value is read twice, and each time only certain backslashes are no mere characters: by
+    # OmegaConf those in front of `${`, by Hydra those in front of a quote.
+    text = re.sub(r"(\\*)\$\{", lambda found: rf"{2 * found[1]}\${{", text)
     escaped = re.sub(
         r'(\\*)("|\Z)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), text
     )

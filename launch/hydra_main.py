@@ -47,13 +47,16 @@ def run_hydra(
     config_name: str,
     schema: type[Schema],
     not_needed: tuple[str, ...] = (),
+    *,
+    trace_files: bool = False,
 ) -> None:
     """Compose `recipes/<config_name>.yaml` with the command line and call `function` with it.
 
     The YAML's first default is `<config_name>_schema`, which stands for `schema`. A bad key or
-    value, or a `ValueError` of `function`'s (which says what the user can change), ends the process
-    with status 1 and one message, without a traceback. Keys that begin with one of
-    `not_needed` may be left without a value.
+    value, a `ValueError` of `function`'s (which says what the user can change), or a file that
+    cannot be used ends the process with status 1 and one message, without a traceback; with
+    `trace_files`, files leave one, for a command whose files are not only those that it was given.
+    Keys that begin with one of `not_needed` may be left without a value.
     """
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of ending the process
@@ -68,6 +71,11 @@ def run_hydra(
             raise
         except ValueError as error:
             sys.exit(f"error: {error}")  # Hydra would put a line of its own before ours
+        except OSError as error:
+            if trace_files or error.filename is None:
+                raise
+            names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+            sys.exit(f"error: {' -> '.join(names)}: {error.strerror}")
 
     sys.argv[1:] = [open_mappings(word) for word in sys.argv[1:]]
     try:

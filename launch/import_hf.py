@@ -135,7 +135,9 @@ def _listed_keys(folder: Path) -> dict[str, str]:
         listed = json.loads(path.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from None
-    return dict(listed)
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{path} cannot be read: weight_map must give each key the name of a file")
+    return listed
 
 
 def _open(path: Path) -> Any:

@@ -47,7 +47,7 @@ def train(config: RunConfig, recipe: str) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_hydra(pretrain, "config", RunConfig)
+    run_hydra(pretrain, "config", RunConfig, trace_files=True)
 
 
 if __name__ == "__main__":

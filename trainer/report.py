@@ -138,8 +138,12 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
         "</body></html>\n",
     ]
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text("\n".join(page), encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text("\n".join(page), encoding="utf-8")
+        os.replace(draft, path)
+    except (OSError, ValueError):  # of the text's encoding
+        draft.unlink(missing_ok=True)
+        raise
     return path
 
 

@@ -394,8 +394,22 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, tokenizer_file: Path) 
 
 def test_nothing_but_empty_documents(tmp_path: Path, tokenizer_file: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\n{"text": ""}\n')
-    with pytest.raises(ValueError, match="no document that is not empty"):
-        run(tmp_path / "a.jsonl", tmp_path / "out", tokenizer_file)
+    (tmp_path / "b").mkdir()
+    for name in ("out", "b"):
+        with pytest.raises(ValueError, match="no document that is not empty"):
+            run(tmp_path / "a.jsonl", tmp_path / name, tokenizer_file)
+    assert not (tmp_path / "out").exists()
+    assert contents(tmp_path / "b") == {}
+    write(tmp_path / "a.jsonl", TEXTS)
+    run(tmp_path / "a.jsonl", tmp_path / "b", tokenizer_file)
+
+
+def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "bad.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"bad.json is not a tokenizer.json that can be read"):
+        run(tmp_path / "a.jsonl", tmp_path / "out", tmp_path / "bad.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_processes_write_the_same_bytes(tmp_path: Path, tokenizer_file: Path) -> None:

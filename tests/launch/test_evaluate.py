@@ -1,17 +1,21 @@
 """Evaluation and generation from a run's checkpoint, on one process and on several."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from support.tiny import tiny_config
 from support.worlds import free_port, rank_environment, run_processes, run_world
 
 from fulmen.launch.evaluate import EvaluateConfig, evaluate
 from fulmen.launch.generate import GenerateConfig, sample
 from fulmen.parallel.config import ParallelConfig
+from fulmen.trainer import load
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.run import run
 
@@ -88,6 +92,35 @@ def test_what_is_done_is_not_done_again(
     assert "niah 600:" not in capsys.readouterr().out
     evaluate(settings(trained, lengths=[600], samples=1, **same))
     assert rows_of(tmp_path).keys() == {"niah/600"}
+    shown = capsys.readouterr().out
+    assert "samples (2 there, 1 now): its rows are kept in results.1.json" in shown
+    kept = json.loads((tmp_path / "results.1.json").read_text())["rows"]
+    assert kept.keys() == {"niah/600", "niah/650"}
+    evaluate(settings(trained, lengths=[600], samples=1, dtype="bfloat16", **same))
+    shown = capsys.readouterr().out
+    assert "dtype (float32 there, bfloat16 now): its rows are kept in results.2.json" in shown
+    assert "niah 600:" in shown
+
+
+def test_position_loss_needs_documents(
+    trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    only = {"tasks": ["position_loss"], "output": str(tmp_path / "out")}
+    evaluate(settings(trained, lengths=[30, 600, 700], **only))
+    assert rows_of(tmp_path / "out").keys() == {"position_loss/text/30"}
+    shown = capsys.readouterr().out
+    assert "warning: position_loss: text has no held-out document of 600 tokens" in shown
+    assert "no row for lengths=600, 700" in shown
+    imported = tmp_path / "imported"
+    shutil.copytree(trained / "checkpoints" / "step_2", imported)
+    config = OmegaConf.load(imported / "config.yaml")
+    del config.data.sources
+    OmegaConf.save(config, imported / "config.yaml")
+    tokenizer = str(tmp_path / "tokenizer.json")
+    Path(tokenizer).write_text("{}")
+    only |= {"run": None, "checkpoint": str(imported), "tokenizer": tokenizer}
+    with pytest.raises(ValueError, match="imported names no data"):
+        evaluate(settings(trained, lengths=[30], **only))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +157,7 @@ def test_bad_keys_are_named(trained: Path) -> None:
         ({"chunk_tokens": 0}, "chunk_tokens=0"),
         ({"parallel": ParallelConfig(cp=2)}, r"parallel.cp=2 .* 1 process"),
         ({"run": None, "checkpoint": str(trained / "checkpoints" / "step_2")}, "give output="),
+        ({"run": None, "checkpoint": str(trained), "output": "x"}, "is not a whole checkpoint"),
     ]:
         with pytest.raises(ValueError, match=message):
             evaluate(settings(trained, **changes))
@@ -145,9 +179,31 @@ def test_generation_reads_a_prompt_in_pieces(
         )
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] == shown[2]
-    with pytest.raises(ValueError, match="chunk_tokens=0"):
-        sample(
-            GenerateConfig(
-                checkpoint=str(trained / "checkpoints" / "step_2"), prompts=["a"], chunk_tokens=0
-            )
-        )
+
+
+def test_what_generation_refuses(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it before the model is loaded."""
+    monkeypatch.setattr(load, "load_model", None)
+    no_tokenizer = tmp_path / "tokenizer.json"
+    no_tokenizer.write_text('{"a": 1}')
+
+    def refused(message: str, **changes: Any) -> None:
+        values = {"run": str(trained), "prompts": ["a"]}
+        with pytest.raises(ValueError, match=message):
+            sample(GenerateConfig(**(values | changes)))
+
+    refused("chunk_tokens=0: must be at least 1", chunk_tokens=0)
+    refused("top_k=0: must be at least 1", top_k=0)
+    refused("max_new_tokens=-3: must be at least 0", max_new_tokens=-3)
+    for temperature in (-1.0, math.nan, math.inf):
+        refused(f"temperature={temperature}: must be", temperature=temperature)
+    refused("seed=9223372036854775808: must be", seed=2**63)
+    refused("prompts is empty", prompts=[])
+    refused("prompt '' has no tokens", prompts=["a", "", "b"])
+    refused("is not UTF-8", prompt="\udcff bad")
+    refused(f"{no_tokenizer} is not a tokenizer.json", tokenizer=str(no_tokenizer))
+    refused("is not a whole checkpoint", run=None, checkpoint=str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("in one process")

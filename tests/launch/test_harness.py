@@ -169,6 +169,12 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.fast
+def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a whole checkpoint"):
+        evaluate(HarnessConfig(checkpoint=str(tmp_path), tasks=["letters"], output="x"))
+
+
 @pytest.mark.skipif(not HAS_HARNESS, reason="lm_eval is not installed: pip install lm_eval")
 def test_the_harness_runs_on_a_run(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

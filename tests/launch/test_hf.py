@@ -377,6 +377,9 @@ def test_an_index_that_disagrees_is_refused(released: Path, refused: Callable[[s
     index["weight_map"][GATE] = index["weight_map"]["lm_head.weight"]
     (released / INDEX).write_text(json.dumps(index))
     refused(rf"{INDEX} names the wrong file for 1 keys: {GATE}")
+    for weight_map in (index["weight_map"] | {GATE: 1}, [GATE]):
+        (released / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        refused(rf"{INDEX} cannot be read: weight_map must give each key the name of a file")
 
 
 @pytest.mark.fast

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from support.pictures import encoded, picture, write_jsonl
 from support.seeing import seeing_config, write_conversations
 from support.worlds import run_world
@@ -79,8 +80,10 @@ def test_generation_from_an_image(
 @pytest.mark.fast
 def test_any_prompt_can_be_typed() -> None:
     parser = OverridesParser.create()
-    for text in ["<image>what, is 'it'?", 'say "a"', "a\\", '\\" \\\\', "", "two\nlines", "[1, {"]:
-        assert parser.parse_override(quote_prompt(f"prompt={text}")).value() == text
+    for text in ["<image>what, is 'it'?", 'say "a"', "a\\", '\\" \\\\', "", "two\nlines", "[1, {",
+                 "cost: ${e}", "\\${e", '\\\\${a} $${"b"}\\']:  # fmt: skip
+        value = parser.parse_override(quote_prompt(f"prompt={text}")).value()
+        assert OmegaConf.create({"prompt": value}).prompt == text
     for word in ['prompt="a b"', "prompt=null", "prompts=[a,b]", "run=x"]:
         assert quote_prompt(word) == word
 

@@ -14,7 +14,7 @@ from support.pages import Page
 from fulmen.trainer.charts import draw_load
 from fulmen.trainer.curves import MAX_POINTS, merge_rows
 from fulmen.trainer.metrics import JsonlSink, read_metrics
-from fulmen.trainer.report import head_facts, write_report
+from fulmen.trainer.report import head_facts, write_page, write_report
 
 
 def write_run(run_dir: Path, *, steps: int = 20, source: str = "stdlib", **changes: Any) -> None:
@@ -175,6 +175,13 @@ def test_run_without_rows_and_folder_without_run(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"summary\.json: must hold one JSON object"):
         write_report(tmp_path)
+
+
+def test_a_page_that_cannot_be_written_leaves_no_draft(tmp_path: Path) -> None:
+    (tmp_path / "page").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_page(tmp_path / "page", "title", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One checkpoint's results: rows of cells, kept as they come, with a table and pictures."""
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class Settings:
     depths: int
     samples: int
     seed: int
+    dtype: str
 
 
 class Results:
@@ -40,9 +42,19 @@ class Results:
         """`facts` decide whether rows that are there already hold."""
         self.path = path
         kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        holds = {key: kept.get(key) for key in facts} == facts
-        self.rows: dict[str, dict[str, Any]] = kept["rows"] if holds else {}
+        self.changed = [
+            f"{key} ({kept.get(key, 'unset')} there, {facts[key]} now)"
+            for key in facts
+            if kept and kept.get(key) != facts[key]
+        ]
+        """What keeps the rows that are there from holding."""
+        self.rows: dict[str, dict[str, Any]] = {} if self.changed else kept.get("rows", {})
         self._facts = facts
+
+    def set_aside(self) -> Path:
+        """Keep the rows that do not hold under the first free name; returns it."""
+        names = (self.path.with_name(f"{self.path.stem}.{n}.json") for n in itertools.count(1))
+        return self.path.rename(next(name for name in names if not name.exists()))
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keep the row `TASK/LENGTH`."""
@@ -75,11 +87,18 @@ def evaluate_checkpoint(
         "checkpoint": str(checkpoint),
         "tokenizer": str(tokenizer),
         "trained_length": OmegaConf.select(run, "data.seq_len"),
-        **{key: getattr(settings, key) for key in ("depths", "samples", "seed")},
+        **{key: getattr(settings, key) for key in ("depths", "samples", "seed", "dtype")},
     }
     # What is kept decides what is left to do: on all ranks the same, before rank 0 writes more.
     results = Results(output / RESULTS, facts)
     wait_for_all(mesh)
+    if is_first and results.changed:
+        console.print(
+            f"warning: {results.path} was measured with other settings, "
+            f"{', '.join(results.changed)}: its rows are kept in {results.set_aside().name}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if settings.tasks:
         language = open_language(sources, vocab_size=vocab_size, tokenizer=tokenizer)
     for length in settings.lengths:
@@ -131,7 +150,9 @@ def _add_position_losses(
 ) -> None:
     split = PreparedSplit(source.path, "valid", name=name, vocab_size=vocab_size, verify=False)
     if split.images is not None:
-        console.print(f"position_loss: {name} has images, which it does not show: left out")
+        console.print(
+            f"warning: position_loss: {name} has images, which it does not show: left out"
+        )
         return
     # A longer length's curve holds a shorter one's, but of fewer documents.
     for length in settings.lengths:
@@ -140,7 +161,12 @@ def _add_position_losses(
             continue
         loss = position_loss(reader, split, length=length, samples=settings.samples, mesh=mesh)
         if loss is None:
-            console.print(f"position_loss: {name} has no held-out document of {length} tokens")
+            longer = ", ".join(str(other) for other in settings.lengths if other >= length)
+            console.print(
+                f"warning: position_loss: {name} has no held-out document of {length} tokens: "
+                f"no row for lengths={longer}",
+                soft_wrap=True,
+            )
             return
         if is_first:
             results.add(row, asdict(loss))
