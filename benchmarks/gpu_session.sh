@@ -7,7 +7,7 @@
 #     bash benchmarks/gpu_session.sh long_control              # softmax in every layer: nine minutes
 #     bash benchmarks/gpu_session.sh needles                   # what small models retrieve: five
 #     bash benchmarks/gpu_session.sh pictures vision           # vl01_1b on pictures: six minutes
-#     bash benchmarks/gpu_session.sh operations                # resuming, saving, preflight: four
+#     bash benchmarks/gpu_session.sh operations                # resuming and saving: two
 #
 # Without names it runs all of the first line, which takes about 25 minutes. Results go to the
 # folder $OUT; the exit status tells whether every stage went well. Wheels in .whl and prepared data
@@ -78,8 +78,8 @@ vision() { # stage II of vl01_1b on pictures: its speed, and whether the GPU wai
         python3 launch/pretrain.py recipe=vl01_1b run_root=$runs run_id=gpu '~stages.alignment' '~stages.experience' '~stages.preference' '~data.sources.descriptions' '~data.sources.experience' '~data.sources.image_pairs' '~data.sources.text_pairs' data.sources.instructions.path=$vl/instructions data.sources.texts.path=$vl/texts model.vision.image_token_id=1 trainer.max_steps=${STEPS:-25} log.every_steps=1 evaluation.every_steps=null evaluation.reading.every_steps=null checkpoint.every_steps=null ${VL_KEYS:-}
         python3 benchmarks/run_speed.py $runs/vl01_1b/gpu" 12
 }
-operations() { # of text01_1b: needs data_cache/stdlib, and 25 GB below ${TMPDIR:-/tmp}
-    run operations 235 "python3 benchmarks/operations.py recipe=text01_1b save_every=${SAVE_EVERY:-8} resumes=1 data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=131072 output=$out/operations.json" 20
+operations() { # of text01_1b: needs data_cache/stdlib, and 25 GB below /tmp; its one write takes half a minute
+    TMPDIR=$runs run operations 235 "python3 benchmarks/operations.py recipe=text01_1b save_every=${SAVE_EVERY:-8} write_first=false resumes=1 preflight=false data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=16384 output=$out/operations.json" 24
 }
 
 [ $# -gt 0 ] || set -- lightning tests large losses kernels rivals steps
