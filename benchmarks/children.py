@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 MARK = "FULMEN_BENCHMARK_CHILD"
 PATIENCE_S = 5.0
-SHOWN = 6000
+SHOWN = 10_000
 """Characters of what a child said last."""
 
 
@@ -40,8 +40,13 @@ def run_child(
             file.seek(0)
             return file.read().decode(errors="replace")
 
+        # Not in this process' group: torchrun, asked twice to end, leaves its ranks.
         child = subprocess.Popen(
-            command, env={**env, MARK: mark}, stdout=file, stderr=subprocess.STDOUT
+            command,
+            env={**env, MARK: mark},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             status = child.wait(limit_s)
