@@ -7,7 +7,7 @@
 #     bash benchmarks/gpu_session.sh long_control              # softmax in every layer: nine minutes
 #     bash benchmarks/gpu_session.sh needles                   # what small models retrieve: five
 #     bash benchmarks/gpu_session.sh pictures vision           # vl01_1b on pictures: six minutes
-#     bash benchmarks/gpu_session.sh operations                # resuming, saving, preflight: four
+#     bash benchmarks/gpu_session.sh operations                # resuming and saving: two
 #
 # Without names it runs all of the first line, which takes about 25 minutes. Results go to the
 # folder $OUT; the exit status tells whether every stage went well. Wheels in .whl and prepared data
@@ -40,7 +40,9 @@ steps() {
     run step_1b 110 "python3 benchmarks/train_step.py model=text01_1b steps=50 output=$out/step_1b.jsonl"
     run step_1b_compiled 110 "python3 benchmarks/train_step.py model=text01_1b steps=20 compile=true rival=false output=$out/step_1b_compiled.jsonl"
     run step_1b_torch 80 "python3 benchmarks/train_step.py model=text01_1b steps=20 kernels=torch rival=false output=$out/step_1b_torch.jsonl"
-    [ -d data_cache/stdlib ] && run pretrain_1b 100 "python3 launch/pretrain.py recipe=text01_1b run_root=/tmp/runs run_id=gpu data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=65536 trainer.max_steps=50 evaluation.every_steps=null checkpoint.every_steps=null; cp /tmp/runs/text01_1b/gpu/metrics.jsonl $out/" 8
+    [ -d data_cache/stdlib ] && run pretrain_1b 170 "
+        trap 'cp $runs/text01_1b/gpu/metrics.jsonl $out/' EXIT
+        python3 launch/pretrain.py recipe=text01_1b run_root=$runs run_id=gpu data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=65536 trainer.max_steps=50 evaluation.every_steps=null checkpoint.every_steps=null" 8 # it ends by writing 12 GB
 }
 
 long_tests() {
@@ -71,11 +73,13 @@ vision() { # stage II of vl01_1b on pictures: its speed, and whether the GPU wai
     run vision_tests 120 "$pytest tests/models/test_vision_gpu.py tests/models/test_coca_gpu.py tests/trainer/test_gpu.py" 8
     run preflight 60 "python3 launch/preflight.py" 12
     [ -d $vl/texts ] || pictures
-    run vl01_1b 200 "python3 launch/pretrain.py recipe=vl01_1b run_root=/tmp/runs run_id=gpu '~stages.alignment' '~stages.experience' '~stages.preference' '~data.sources.descriptions' '~data.sources.experience' '~data.sources.image_pairs' '~data.sources.text_pairs' data.sources.instructions.path=$vl/instructions data.sources.texts.path=$vl/texts model.vision.image_token_id=1 trainer.max_steps=${STEPS:-25} log.every_steps=1 evaluation.every_steps=null evaluation.reading.every_steps=null checkpoint.every_steps=null ${VL_KEYS:-}
-        cp /tmp/runs/vl01_1b/gpu/metrics.jsonl $out/vl01_1b.jsonl; python3 benchmarks/run_speed.py /tmp/runs/vl01_1b/gpu" 12
+    run vl01_1b 260 "
+        trap 'cp $runs/vl01_1b/gpu/metrics.jsonl $out/vl01_1b.jsonl' EXIT
+        python3 launch/pretrain.py recipe=vl01_1b run_root=$runs run_id=gpu '~stages.alignment' '~stages.experience' '~stages.preference' '~data.sources.descriptions' '~data.sources.experience' '~data.sources.image_pairs' '~data.sources.text_pairs' data.sources.instructions.path=$vl/instructions data.sources.texts.path=$vl/texts model.vision.image_token_id=1 trainer.max_steps=${STEPS:-25} log.every_steps=1 evaluation.every_steps=null evaluation.reading.every_steps=null checkpoint.every_steps=null ${VL_KEYS:-}
+        python3 benchmarks/run_speed.py $runs/vl01_1b/gpu" 12
 }
-operations() { # of text01_1b: needs data_cache/stdlib, and 25 GB below ${TMPDIR:-/tmp}
-    run operations 235 "python3 benchmarks/operations.py recipe=text01_1b save_every=${SAVE_EVERY:-8} resumes=1 data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=131072 output=$out/operations.json" 20
+operations() { # of text01_1b: needs data_cache/stdlib, and 25 GB below /tmp; its one write takes half a minute
+    TMPDIR=$runs run operations 235 "python3 benchmarks/operations.py recipe=text01_1b save_every=${SAVE_EVERY:-8} write_first=false resumes=1 preflight=false data.sources.corpus.path=data_cache/stdlib data.global_batch_tokens=16384 output=$out/operations.json" 24
 }
 
 [ $# -gt 0 ] || set -- lightning tests large losses kernels rivals steps

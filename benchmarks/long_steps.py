@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from children import end_at_sigterm, run_child
 from omegaconf import OmegaConf
 from train_step import DEFAULTS as STEP
 from train_step import predict
@@ -104,18 +105,13 @@ def run_case(case: dict[str, Any], options: Any, limit_s: float) -> dict[str, An
     command = [*launch, str(Path(__file__).with_name("train_step.py")), *_as_arguments(settings)]
     # Tensors of some gigabytes come and go: their memory must be found again in other sizes.
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    try:
-        done = subprocess.run(
-            command, timeout=limit_s, capture_output=True, text=True, env=environment
-        )
-        said = "" if done.returncode == 0 else (done.stderr or done.stdout)[-1500:]
-    except subprocess.TimeoutExpired:
-        said = f"longer than {limit_s:.0f} s"
-    row = {"error": said}
-    if file.exists():
-        about, row = (json.loads(line) for line in file.read_text().splitlines())
-        row |= {key: about[key] for key in ("model", "device", "torch", "commit")}
-    return row
+    status, said = run_child(command, limit_s=limit_s, env=environment)
+    row = {"error": f"longer than {limit_s:.0f} s" if status is None else said[-1500:]}
+    # The first line is there before the steps begin.
+    about, *measured = map(json.loads, file.read_text().splitlines() if file.exists() else ["{}"])
+    if measured:
+        row = measured[0]
+    return row | {key: about[key] for key in ("model", "device", "torch", "commit") if about}
 
 
 def _as_arguments(settings: Any) -> list[str]:
@@ -256,6 +252,7 @@ def find_this_gpu() -> Gpu:
 
 def main() -> None:
     """Entry point."""
+    end_at_sigterm()
     options = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli(sys.argv[1:]))
     gpu = GPUS[options.gpu] if options.gpu else find_this_gpu()
     rows = run_all(options, gpu)

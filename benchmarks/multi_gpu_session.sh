@@ -9,7 +9,7 @@
 export OMP_NUM_THREADS=4
 source benchmarks/session.sh
 ranks() { echo "python3 -m torch.distributed.run --standalone --nproc-per-node $1"; }
-pretrain="launch/pretrain.py recipe=text01_tiny run_root=/tmp/runs data.sources.stdlib.path=data_cache/stdlib trainer.max_steps=20 log.every_steps=1 evaluation.every_steps=null checkpoint.every_steps=null"
+pretrain="launch/pretrain.py recipe=text01_tiny run_root=$runs data.sources.stdlib.path=data_cache/stdlib trainer.max_steps=20 log.every_steps=1 evaluation.every_steps=null checkpoint.every_steps=null"
 
 tests() {
     CUDA_VISIBLE_DEVICES=0 run blocks 110 "$pytest tests/kernels/test_attention_block.py" 12 &
@@ -18,10 +18,11 @@ tests() {
     # The same run on one GPU and on two, in fp32, by every exchange.
     run equal 110 "
         CUDA_VISIBLE_DEVICES=0 python3 $pretrain run_id=one &
-        $(ranks 2) $pretrain run_id=two parallel.cp=2 parallel.ep=2 &
-        wait
+        one=\$!
+        $(ranks 2) $pretrain run_id=two parallel.cp=2 parallel.ep=2
+        wait \$one
         $(ranks 2) $pretrain run_id=ring parallel.cp=2 parallel.etp=2 parallel.softmax_attention=ring parallel.lightning_attention=lasp parallel.zero_stage=3
-        python3 benchmarks/compare_runs.py /tmp/runs/text01_tiny/one /tmp/runs/text01_tiny/two /tmp/runs/text01_tiny/ring" 8 &
+        python3 benchmarks/compare_runs.py $runs/text01_tiny/one $runs/text01_tiny/two $runs/text01_tiny/ring" 8 &
     wait
 }
 sequence() { run sequence 80 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[lightning]'" 14; }
@@ -29,7 +30,10 @@ softmax() { # two heads at a million tokens, where eight would take minutes
     run softmax 90 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[softmax]' 'lengths=[32768,131072,524288]'" 14
     run softmax_1m 90 "$(ranks 2) benchmarks/sequence_over_ranks.py 'kinds=[softmax]' 'lengths=[1048576]' softmax_heads=2 seconds=0.1" 5
 }
-experts() { run experts 80 "$(ranks 2) benchmarks/experts_over_ranks.py ep=2 model=text01_3b layers=8 'groups=[1,2]'; $(ranks 2) benchmarks/experts_over_ranks.py etp=2 'groups=[1,2]' model=text01_3b" 8; }
+experts() {
+    run experts_ep 60 "$(ranks 2) benchmarks/experts_over_ranks.py ep=2 model=text01_3b layers=8 'groups=[1,2]'" 4
+    run experts_etp 60 "$(ranks 2) benchmarks/experts_over_ranks.py etp=2 'groups=[1,2]' model=text01_3b" 4
+}
 steps() {
     local step="benchmarks/train_step.py model=text01_1b rival=false steps=15 profile=true"
     local long="$step shape.softmax_every=0 document_tokens=16777216 micro_batch_tokens=32768"

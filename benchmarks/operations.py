@@ -2,15 +2,18 @@
 
     python benchmarks/operations.py [recipe=text01_tiny] [processes=2] [KEY=VALUE ...]
 
-Trains 2 x save_every + 2 steps with a save each save_every steps, then resumes the run twice
-(`resumes`) as a job does, by torchrun, and prints a table and one JSON line; `output=FILE` writes
-that line too. Keys of a run may follow. The checkpoint was just written, so it is read from the
-page cache; kernels that are compiled are in their caches too.
+Trains 2 x save_every + 1 steps with a save each save_every steps, then resumes the run twice
+(`resumes`) as a job does, by torchrun, for the last of these steps. Prints each part of a table as
+soon as it is known, and one JSON line, which `output=FILE` writes after each part. Keys of a run
+may follow. The checkpoint was just written, so it is read from the page cache; kernels that are
+compiled are in their caches too. No save waits for the one before it, and none is made at a run's
+end. With `write_first=false` the first one only copies to the host: one write less to wait for.
 
 - `resume_s`: from the start of torchrun to the row of the first new step on rank 0, and its parts,
   which sum to it. Whatever runs inside a part and is a part itself counts there alone.
 - `checkpoint_stall_s`: of each save, the first of which also allocates the host's buffers. Its
-  share is of the time of `checkpoint.every_steps` steps of this recipe, the buffers left out.
+  share is of the time of `checkpoint.every_steps` steps of `batch_tokens`, those of this recipe
+  unless `data.global_batch_tokens` is given, the buffers left out.
 - `write_s`: of a save, in the background. `step_while_writing_s`: of the step that it began in.
 - `preflight_s`: launch/preflight.py as a whole, and by itself from the meeting to the verdict.
 """
@@ -31,19 +34,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from children import SHOWN, end_at_sigterm, run_child
+
 BEGAN = time.time()
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = {
     "recipe": "text01_tiny",
     "processes": 0,  # all GPUs, or two
     "save_every": 20,
+    "write_first": True,
     "resumes": 2,
     "preflight": True,
     "folder": None,  # for the run; None = a temporary one
     "output": None,
 }
 MARKS = "FULMEN_OPERATIONS_MARKS"
-"""The file that rank 0 writes its times to, in the environment of its processes."""
+"""In the environment of the processes of a run: the file that rank 0 writes its times to, when the
+run began, the steps after which it saves, and those of them that are written."""
 PARTS = (
     "torchrun",
     "imports and configuration",
@@ -116,11 +123,24 @@ class Clock:
 
 def train() -> None:
     """One process of torchrun's: launch/pretrain.py, with a clock at its doors."""
-    file, began = os.environ[MARKS].split("@")
-    clock = Clock(float(began))
+    marks = json.loads(os.environ[MARKS])
+    file, clock = marks["file"], Clock(marks["began"])
     from fulmen.launch import pretrain
     from fulmen.parallel import rendezvous
     from fulmen.trainer import metrics
+    from fulmen.trainer.checkpoint import Checkpointer
+    from fulmen.trainer.loop import Trainer
+
+    save, write = Trainer.save, Checkpointer._try_to_write
+
+    def saved(trainer: Any, *arguments: Any) -> None:
+        if trainer.step in marks["saves"]:
+            trainer.checkpointer.settle()  # not a part of what this save costs
+            save(trainer, *arguments)
+
+    def written(checkpointer: Any, step: int, *arguments: Any) -> None:
+        if step in marks["writes"]:
+            write(checkpointer, step, *arguments)
 
     join_world, log_step = rendezvous.join_world, metrics.MetricsLogger.log_step
 
@@ -139,27 +159,32 @@ def train() -> None:
 
     rendezvous.join_world = joined
     metrics.MetricsLogger.log_step = logged  # type: ignore[method-assign]
+    Trainer.save = saved  # type: ignore[method-assign]
+    Checkpointer._try_to_write = written  # type: ignore[method-assign]
     for door, part in DOORS.items():
         *way, name = door.split(".")
         clock.time(find(".".join(way)), name, part)
     pretrain.main()
 
 
-def start(options: dict[str, Any], steps: int, words: list[str], folder: Path) -> dict[str, float]:
-    """Train up to `steps`; the parts of the time to the first row."""
-    marks = folder / f"marks_{steps}.json"
+def start(options: dict[str, Any], number: int, words: list[str], folder: Path) -> dict[str, float]:
+    """Train to the last step; the parts of the time to the first row."""
+    every = options["save_every"]
+    saves = [every, 2 * every]
+    file = folder / f"marks_{number}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={options['processes']}", str(Path(__file__).resolve()), "train"]
     command += [f"recipe={options['recipe']}", f"run_root={folder}", "run_id=run"]
-    command += ["log.every_steps=1", f"checkpoint.every_steps={options['save_every']}"]
+    command += ["log.every_steps=1", f"checkpoint.every_steps={every}"]
     command += ["checkpoint.keep=1", "evaluation.every_steps=null", *words]
-    command += [f"trainer.max_steps={steps}"]
-    environment = os.environ | {MARKS: f"{marks}@{time.time()}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        sys.exit(said[0] if said else f"error: the run failed:\n{done.stderr[-6000:]}")
-    return json.loads(marks.read_text())
+    command += [f"trainer.max_steps={2 * every + 1}"]
+    marks = {"file": str(file), "began": time.time(), "saves": saves}
+    marks["writes"] = saves if options["write_first"] else saves[1:]
+    done = run_child(command, env=os.environ | {MARKS: json.dumps(marks)})
+    if done.status:
+        errors = [line for line in done.said.splitlines() if line.startswith("error: ")]
+        sys.exit(errors[0] if errors else f"error: the run failed:\n{done.said[-SHOWN:]}")
+    return json.loads(file.read_text())
 
 
 def read_default(recipe: str, words: list[str]) -> dict[str, int]:
@@ -168,11 +193,18 @@ def read_default(recipe: str, words: list[str]) -> dict[str, int]:
     done = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr.strip())
-    of_config = r"^checkpoint:\n(?:  .*\n)*?  every_steps: (\d+)"
-    every = re.search(of_config, done.stdout, re.MULTILINE)
-    if every is None:
-        sys.exit(f"error: recipe={recipe} has no checkpoint.every_steps")
-    return {"every_steps": int(every.group(1))}
+
+    def find_number(group: str, key: str) -> int:
+        of_config = rf"^{group}:\n(?:  .*\n)*?  {key}: (\d+)"
+        found = re.search(of_config, done.stdout, re.MULTILINE)
+        if found is None:
+            sys.exit(f"error: recipe={recipe} has no {group}.{key}")
+        return int(found.group(1))
+
+    return {
+        "every_steps": find_number("checkpoint", "every_steps"),
+        "batch_tokens": find_number("data", "global_batch_tokens"),
+    }
 
 
 def measure_preflight(folder: Path, processes: int) -> dict[str, float]:
@@ -180,31 +212,35 @@ def measure_preflight(folder: Path, processes: int) -> dict[str, float]:
     began = time.time()
     command = [sys.executable, str(ROOT / "launch" / "preflight.py"), f"folder={folder}"]
     command += [f"processes={processes}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    found = re.search(r"preflight: .*, ([\d.]+) s", done.stdout)
-    if done.returncode or found is None:
-        sys.exit(f"error: the preflight failed:\n{done.stdout}{done.stderr[-3000:]}")
-    print(done.stdout.strip(), file=sys.stderr)
+    done = run_child(command)
+    found = re.search(r"preflight: .*, ([\d.]+) s", done.said)
+    if done.status or found is None:
+        sys.exit(f"error: the preflight failed:\n{done.said[-SHOWN:]}")
+    print(done.said.strip(), file=sys.stderr)
     return {"command": time.time() - began, "to the verdict": float(found.group(1))}
 
 
-def describe_saves(folder: Path, save_every: int, default: dict[str, int]) -> dict[str, Any]:
+def describe_saves(
+    folder: Path, options: dict[str, Any], default: dict[str, int]
+) -> dict[str, Any]:
     """From the rows, and from when the newest checkpoint's first and last file were written."""
+    save_every = options["save_every"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     after = [row for row in rows if row["step"] > 1 and row["step"] % save_every == 1]
     stalls = [row["checkpoint_stall_s"] for row in after]
-    quiet = [row["step_time_s"] for row in rows[2:] if row["step"] % save_every > save_every / 2]
+    # Before the first save: a large checkpoint may be written during all the steps behind it.
+    quiet = [row["step_time_s"] for row in rows[2:] if save_every / 2 < row["step"] <= save_every]
     step_s = statistics.median(quiet)
+    writing = after if options["write_first"] else after[1:]
     newest = (folder / "checkpoints" / "latest").resolve()
     times = [(newest / name).stat().st_mtime for name in ("trainer_state.json", "manifest.json")]
-    every = default["every_steps"]
     return {
         "checkpoint_gib": sum(file.stat().st_size for file in newest.iterdir()) / 2**30,
         "step_s": step_s,
-        "step_while_writing_s": statistics.median(row["step_time_s"] for row in after),
+        "step_while_writing_s": statistics.median(row["step_time_s"] for row in writing),
         "checkpoint_stall_s": stalls,
-        "every_steps": every,
-        "stall_share": stalls[-1] / (every * step_s),
+        **default,
+        "stall_share": stalls[-1] / (default["every_steps"] * step_s),
         "write_s": times[1] - times[0],
     }
 
@@ -226,22 +262,22 @@ def versions() -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> str:
-    """The table."""
-    lines = ["seconds of each resume, from torchrun to the first new row"]
-    for part in (*PARTS, "in all"):
-        lines.append(f"  {part:46} " + " ".join(f"{one[part]:8.2f}" for one in found["resume_s"]))
-    saves = found["saves"]
+def show_saves(saves: dict[str, Any]) -> str:
+    """Some lines of the table."""
     stalls = ", ".join(f"{stall:.3f}" for stall in saves["checkpoint_stall_s"])
-    lines += [
+    return (
         f"checkpoint of {saves['checkpoint_gib']:.3f} GiB: held up {stalls} s, "
-        f"written in {saves['write_s']:.2f} s",
-        f"step {saves['step_s']:.3f} s, while writing {saves['step_while_writing_s']:.3f} s",
-        f"stall at checkpoint.every_steps={saves['every_steps']}: {saves['stall_share']:.3%}",
-    ]
-    for name, seconds in found.get("preflight_s", {}).items():
-        lines.append(f"preflight, {name}: {seconds:.1f} s")
-    return "\n".join(lines)
+        f"written in {saves['write_s']:.2f} s\n"
+        f"step of {saves['batch_tokens']:,} tokens {saves['step_s']:.3f} s, "
+        f"while writing {saves['step_while_writing_s']:.3f} s\n"
+        f"stall at checkpoint.every_steps={saves['every_steps']}: {saves['stall_share']:.3%}"
+    )
+
+
+def show_resume(parts: dict[str, float]) -> str:
+    """Likewise."""
+    lines = ["seconds of a resume, from torchrun to the first new row"]
+    return "\n".join([*lines, *(f"  {part:46} {parts[part]:8.2f}" for part in (*PARTS, "in all"))])
 
 
 def main() -> None:
@@ -260,31 +296,47 @@ def main() -> None:
             options[key] = yaml.safe_load(value)
         else:
             words.append(word)
+    end_at_sigterm()
     machine = versions()
     options["processes"] = options["processes"] or len(machine["gpus"]) or 2
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    default = read_default(options["recipe"], words)
     folder = Path(options["folder"] or tempfile.mkdtemp(prefix="operations_"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        steps = 2 * options["save_every"] + 2
-        start(options, steps, words, folder)
-        run = folder / options["recipe"] / "run"
         found = {"recipe": options["recipe"], "processes": options["processes"], **machine}
-        found["saves"] = describe_saves(run, options["save_every"], default)
-        found["resume_s"] = []
-        for more in range(1, options["resumes"] + 1):
-            parts = start(options, steps + more, words, folder)
-            found["resume_s"].append({**parts, "in all": sum(parts.values())})
-        if options["preflight"]:
-            found["preflight_s"] = measure_preflight(folder, options["processes"])
+        measure(options, words, folder, found)
     finally:
         if options["folder"] is None:
-            shutil.rmtree(folder)
-    print(show(found))
+            shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(found))
-    if options["output"]:
-        Path(options["output"]).write_text(json.dumps(found) + "\n")
+
+
+def measure(options: dict[str, Any], words: list[str], folder: Path, found: dict[str, Any]) -> None:
+    """Put all into `found`; each part is shown and written at once, for the next may not end."""
+
+    def tell(text: str) -> None:
+        print(text, flush=True)
+        if options["output"]:
+            Path(options["output"]).write_text(json.dumps(found) + "\n")
+
+    default = read_default(options["recipe"], words)
+    start(options, 0, words, folder)
+    run = folder / options["recipe"] / "run"
+    found["saves"] = describe_saves(run, options, default)
+    tell(show_saves(found["saves"]))
+    found["resume_s"] = []
+    for number in range(1, options["resumes"] + 1):
+        parts = start(options, number, words, folder)
+        found["resume_s"].append({**parts, "in all": sum(parts.values())})
+        tell(show_resume(found["resume_s"][-1]))
+    if options["preflight"]:
+        found["preflight_s"] = measure_preflight(folder, options["processes"])
+        tell(
+            "\n".join(
+                f"preflight, {name}: {seconds:.1f} s"
+                for name, seconds in found["preflight_s"].items()
+            )
+        )
 
 
 if __name__ == "__main__":

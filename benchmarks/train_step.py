@@ -11,11 +11,11 @@ those of the configuration, and so are `activation_checkpointing`, `chunk_tokens
 `attention=NAME` asks for a back end. That both models compute the same is shown by
 tests/models/test_transformers.py.
 
-Prints one JSON line per model and, with `output=FILE`, writes them there: also when memory ends,
-then with the place that was reached. `predicted_*` are the planner's, memory without its margin as
-torch counts it. `profile=true` adds what a step exchanges, and how much of it is not hidden. On a
-lent machine hydra-core, omegaconf, antlr4 and zstandard travel as wheels (`pip download
---no-deps`); nothing else is needed.
+Prints one JSON line per model as soon as it is measured and, with `output=FILE`, writes it there:
+also when memory ends, then with the place that was reached, and when transformers' model cannot be
+built. `predicted_*` are the planner's, memory without its margin as torch counts it. `profile=true`
+adds what a step exchanges, and how much of it is not hidden. On a lent machine hydra-core,
+omegaconf, antlr4 and zstandard travel as wheels (`pip download --no-deps`); nothing else is needed.
 """
 
 import itertools
@@ -310,36 +310,47 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    rows: list[dict[str, Any]] = []
+    failed = False
     for kind in [Ours, Transformers] if options.rival else [Ours]:
-        runner = kind(config, options, device)
-        if not rows:
-            rows.append(
-                {
-                    "model": options.model,
-                    "kernels": options.kernels,
-                    "parameters": count_parameters(runner.model),
-                    "active": count_active_parameters(runner.model),
-                    "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-                    "torch": torch.__version__,
-                    "commit": commit,
-                }
-            )
-        rows.append(measure(runner, config, options, device))
+        try:
+            runner = kind(config, options, device)
+        except Exception as error:
+            if kind is Ours:
+                raise
+            show({"name": kind.__name__, "error": repr(error)[:200]}, options)
+            failed = True
+            break
+        if kind is Ours:
+            about = {
+                "model": options.model,
+                "kernels": options.kernels,
+                "parameters": count_parameters(runner.model),
+                "active": count_active_parameters(runner.model),
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                "torch": torch.__version__,
+                "commit": commit,
+            }
+            show(about, options, is_first_row=True)
+        row = measure(runner, config, options, device)
+        show(row, options)
+        if "failed_in" in row:
+            os._exit(1)  # the others may wait for this rank, and destructors for them
         del runner
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        if "failed_in" in rows[-1]:
-            break  # with several ranks the others may wait for this one
-    is_first = dist.get_rank() == 0
-    for row in rows if is_first else []:
-        print(json.dumps(row), flush=True)
-    if options.output and is_first:
-        Path(options.output).write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    if "failed_in" in rows[-1]:
-        sys.stdout.flush()
-        os._exit(1)  # not through destructors that would wait for the ranks that go on
     dist.destroy_process_group()
+    sys.exit(failed)
+
+
+def show(row: dict[str, Any], options: Any, *, is_first_row: bool = False) -> None:
+    """Print and write a row at once: what follows may fail."""
+    if dist.get_rank() != 0:
+        return
+    line = json.dumps(row)
+    print(line, flush=True)
+    if options.output:
+        with Path(options.output).open("w" if is_first_row else "a") as file:
+            file.write(line + "\n")
 
 
 if __name__ == "__main__":
