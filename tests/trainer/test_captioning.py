@@ -20,7 +20,7 @@ from fulmen.models.vision import VisionTower
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.caption_inputs import caption_inputs, check_captions, most_pairs
-from fulmen.trainer.config import RunConfig, ZeroShotConfig
+from fulmen.trainer.config import RunConfig, StageConfig, ZeroShotConfig, check_config
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.resize_tower import POSITIONS, resize_tower
@@ -311,3 +311,29 @@ def test_mistakes_in_zero_shot_are_told_by_key(folders: dict[str, Path], tmp_pat
         config.evaluation.zero_shot = {"words": settings}
         said = run_world(opening, 1, config, tmp_path)[0]
         assert said.startswith(f"evaluation.zero_shot.words{wanted}"), said
+
+
+@pytest.mark.fast
+def test_what_a_later_stage_lacks_is_told_at_the_start(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def staged() -> RunConfig:
+        config = config_of(folders)
+        config.trainer.max_steps = None
+        config.stages = {name: StageConfig(tokens=1500) for name in ("one", "two")}
+        return config
+
+    config = staged()
+    config.stages["two"].evaluation = {"zero_shot": {"words": {"path": f"{tmp_path}/no"}}}
+    said = run_world(opening, 1, config, tmp_path)[0]
+    assert said.startswith("stages.two: evaluation.zero_shot.words.path: data folder"), said
+    config = staged()
+    config.data.sources["talk"] = SourceConfig(str(folders["talk"]), 0.0)
+    config.stages["two"].weights = {"talk": 1.0, "captions": 1.0}
+    config.evaluation.every_steps = None
+    said = run_world(opening, 1, config, tmp_path)[0]
+    assert said.startswith("stages.two: data.sources.talk: "), said
+    config = config_of(folders)
+    config.evaluation.reading.every_steps = 5
+    with pytest.raises(ValueError, match=r"evaluation\.reading\.every_steps is not for objective"):
+        check_config(config, 1)

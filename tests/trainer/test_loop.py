@@ -179,3 +179,14 @@ def test_capacity_drops_are_reported(
     trainer.close()
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
     assert all(0.45 <= row["drop_rate"] < 1 for row in rows)
+    # A row of both steps is credited with what both have dropped, not twice with the second's.
+    config.log.every_steps = 2
+    (tmp_path / "once").mkdir()
+    trainer = Trainer(config, build_mesh(config.parallel, one_rank), tmp_path / "once")
+    trainer.fit()
+    trainer.close()
+    (row,) = [one for one in read_metrics(tmp_path / "once" / "metrics.jsonl") if "loss" in one]
+    tokens = [rows[0]["tokens"], rows[1]["tokens"] - rows[0]["tokens"]]
+    each = sum(one["flops_per_token"] * n for one, n in zip(rows, tokens, strict=True))
+    assert rows[0]["drop_rate"] != rows[1]["drop_rate"]
+    assert row["flops_per_token"] * sum(tokens) == pytest.approx(each, rel=1e-9)
