@@ -231,10 +231,10 @@ def plan(
         f"{peak:.1f} of {facts['usable_gib']} GiB, {facts['step_time_s']:.2f} s a step, "
         f"{facts['tokens']:.4g} tokens in {facts['days']:.2f} days"
     )
-    ends = [fault for stage in list_stages(config) if (fault := fault_of(stage, world_size))]
-    ends += [_misfit(stage, cluster.gpu) for stage in misfits]
+    ends = [_misfit(stage, cluster.gpu) for stage in misfits]
+    ends += [fault for stage in list_stages(config) if (fault := fault_of(stage, world_size))]
     if ends:
-        line += f"; the job will end before a stage that needs others: {ends[0]}"
+        line += f"; the job will end before it comes to any of these: {'; '.join(ends)}"
     return line, facts
 
 

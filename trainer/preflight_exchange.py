@@ -36,7 +36,7 @@ class NodeMeasurer:
     def __init__(self) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
-        self._forker = context.Process(target=self._fork_on_demand, args=(theirs,))
+        self._forker = context.Process(target=self._fork_when_asked, args=(theirs,))
         self._forker.start()
         theirs.close()
 
@@ -51,7 +51,8 @@ class NodeMeasurer:
     def measure(
         self, node: int, nodes: int, processes: int, *, on_gpu: bool, limit_s: float
     ) -> dict[str, Any]:
-        """The measures of a node as trainer/preflight.py judges them; all nodes call it together.
+        """The measures of a node as trainer/preflight.py judges them; all nodes call it together,
+        once.
 
         MASTER_ADDR and MASTER_PORT name a store that exists.
         """
@@ -66,11 +67,10 @@ class NodeMeasurer:
             failure = "the process that measures died"
         return {"failure": failure, "reached": 0, "name": _STAGES[0]}
 
-    def _fork_on_demand(self, pipe: Connection) -> None:
+    def _fork_when_asked(self, pipe: Connection) -> None:
         self._pipe.close()
-        with contextlib.suppress(EOFError):
-            while True:
-                pipe.send(_measure_node(*pipe.recv()))
+        with contextlib.suppress(EOFError):  # nobody asked
+            pipe.send(_measure_node(*pipe.recv()))
 
 
 def _measure_node(

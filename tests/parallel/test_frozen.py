@@ -18,7 +18,7 @@ from fulmen.models.init import init_model
 from fulmen.models.text import LossOutput, TextModel
 from fulmen.parallel.audit import audit
 from fulmen.parallel.config import ParallelConfig
-from fulmen.parallel.mesh import build_mesh
+from fulmen.parallel.mesh import Mesh, build_mesh
 from fulmen.parallel.plan import parallelize
 from fulmen.parallel.zero import ZeroEngine
 from fulmen.trainer.config import GroupConfig, OptimConfig
@@ -181,13 +181,14 @@ def gradient_numbers(model: nn.Module) -> int:
     return sum(found.values())
 
 
-def train(device: torch.device, case: Case) -> Outcome:
-    parallel = ParallelConfig(**case.mesh)
-    with torch.device("meta"):
-        model = TextModel(tiny_model(), MoEConfig())
-    config, settings = settings_of(case.pattern, model)
-    mesh = build_mesh(parallel, device)
-    engine = parallelize(
+def spread(
+    model: TextModel,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    settings: dict[str, Settings],
+    **options: Any,
+) -> ZeroEngine:
+    return parallelize(
         model,
         mesh,
         parallel,
@@ -195,8 +196,17 @@ def train(device: torch.device, case: Case) -> Outcome:
         compile_blocks=False,
         seed=SEED,
         frozen=[name for name, one in settings.items() if one.frozen],
-        **({"activation_checkpointing": "none"} | case.options),
+        **({"activation_checkpointing": "none"} | options),
     )
+
+
+def train(device: torch.device, case: Case) -> Outcome:
+    parallel = ParallelConfig(**case.mesh)
+    with torch.device("meta"):
+        model = TextModel(tiny_model(), MoEConfig())
+    config, settings = settings_of(case.pattern, model)
+    mesh = build_mesh(parallel, device)
+    engine = spread(model, mesh, parallel, settings, **case.options)
     optimizer = Optimizer(engine, config, settings)
     outcome = Outcome([], whole(engine), {}, table=audit(model, engine, parallel))
     for step in range(STEPS):
@@ -288,16 +298,7 @@ def train_the_routers(device: torch.device) -> tuple[float, float]:
         model = TextModel(tiny_model(num_experts=2, num_experts_per_token=1), MoEConfig())
     settings = resolve_groups(optim, [name for name, _ in model.named_parameters()])
     config = ParallelConfig(zero_stage=1)
-    engine = parallelize(
-        model,
-        build_mesh(config, device),
-        config,
-        dtype=torch.float32,
-        activation_checkpointing="none",
-        compile_blocks=False,
-        seed=SEED,
-        frozen=[name for name, one in settings.items() if one.frozen],
-    )
+    engine = spread(model, build_mesh(config, device), config, settings)
     optimizer = Optimizer(engine, optim, settings)
     engine.begin_micro_batch(is_last=True)
     ids = torch.arange(16)[None]
