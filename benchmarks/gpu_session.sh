@@ -17,10 +17,10 @@ large="addresses or 32_bits"
 
 tests() { # side by side; what needs most of the memory is left to `large`
     tune &
-    run sanitize 235 "compute-sanitizer --tool memcheck --error-exitcode 1 python3 benchmarks/sanitize.py" 9 &
+    run sanitize 300 "compute-sanitizer --tool memcheck --error-exitcode 1 python3 benchmarks/sanitize.py" 9 &
     for file in ${TESTS:-tests/kernels/test_*.py tests/trainer}; do
         grep -rq "gpu" "$file" || continue
-        run "$(basename "$file" .py)" 200 "$pytest $file -k 'not ($large)'" 4 &
+        run "$(basename "$file" .py)" 300 "$pytest $file -k 'not ($large)'" 4 &
     done
     wait
 }

@@ -13,7 +13,7 @@ pretrain="launch/pretrain.py recipe=text01_tiny run_root=$runs data.sources.stdl
 
 tests() {
     CUDA_VISIBLE_DEVICES=0 run blocks 110 "$pytest tests/kernels/test_attention_block.py" 12 &
-    CUDA_VISIBLE_DEVICES=1 run parts 200 "$pytest tests/kernels/test_lightning_part.py tests/kernels/test_lightning_triton.py -k 'not addresses'" 12 &
+    CUDA_VISIBLE_DEVICES=1 run parts 300 "$pytest tests/kernels/test_lightning_part.py tests/kernels/test_lightning_triton.py -k 'not addresses'" 12 &
     run ring 110 "$pytest tests/parallel/test_ring.py" 12 &
     # The same run on one GPU and on two, in fp32, by every exchange.
     run equal 110 "
