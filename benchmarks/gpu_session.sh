@@ -32,9 +32,10 @@ lightning() { run lightning 150 "python3 benchmarks/kernels.py 'ops=[lightning]'
 losses() { run losses 200 "python3 benchmarks/kernel_losses.py output=$out/losses.json" 3; }
 kernels() { run kernels 260 "python3 benchmarks/kernels.py 'lengths=[8192,32768]' rivals=false budget_s=${BUDGET:-230} output=$out/kernels" 120; }
 rivals() { # at the shapes of the goals
-    run rivals_lightning 130 "python3 benchmarks/kernels.py 'lengths=[32768,1048576]' 'ops=[lightning]' 'providers=[fulmen triton,fla]' seconds=0.15 budget_s=110 output=$out/rivals_lightning" 40
+    run rivals_lightning 130 "python3 benchmarks/kernels.py 'lengths=[32768]' 'ops=[lightning]' 'providers=[fulmen triton,fla]' seconds=0.15 budget_s=110 output=$out/rivals_lightning" 40
+    run lightning_1m 110 "python3 benchmarks/kernels.py 'lengths=[32768,1048576]' 'ops=[lightning]' rivals=false documents=0 seconds=0.15 budget_s=90 output=$out/lightning_1m" 40
     run rivals_products 110 "python3 benchmarks/kernels.py 'lengths=[8192]' 'ops=[cross_entropy,experts]' seconds=0.15 budget_s=90 output=$out/rivals_products" 60
-    run rivals_memory 110 "python3 benchmarks/kernels.py 'lengths=[32768]' 'ops=[norm,gated_norm,silu_qkv,swiglu,rope,permute]' seconds=0.1 budget_s=90 output=$out/rivals_memory" 90
+    run rivals_memory 170 "python3 benchmarks/kernels.py 'lengths=[32768]' 'ops=[norm,gated_norm,silu_qkv,swiglu,rope,permute]' seconds=0.1 budget_s=150 output=$out/rivals_memory" 90
 }
 steps() {
     run step_1b 110 "python3 benchmarks/train_step.py model=text01_1b steps=50 output=$out/step_1b.jsonl"

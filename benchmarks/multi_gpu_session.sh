@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What a machine with two GPUs can show of the parallelism, stage by stage: correctness first.
 #
-#     bash benchmarks/multi_gpu_session.sh [tests] [softmax] [experts] [steps] [sequence]
+#     bash benchmarks/multi_gpu_session.sh [tests] [softmax] [experts] [steps] [busy] [sequence]
 #     bash benchmarks/multi_gpu_session.sh long    # the hybrid to 1M tokens by cp 2, five minutes
 #
-# Without names it runs all of the first line, about nine minutes. Results go to the folder $OUT. Prepared data lie in
-# data_cache/stdlib.
+# Without names it runs all of the first line, about eleven minutes. Results go to the folder $OUT. Prepared data lie
+# in data_cache/stdlib.
 export OMP_NUM_THREADS=4
 source benchmarks/session.sh
 ranks() { echo "python3 -m torch.distributed.run --standalone --nproc-per-node $1"; }
@@ -50,8 +50,14 @@ steps() {
     run longer_dp2 40 "$(ranks 2) $long micro_batch_tokens=65536" 1
     run longer_cp2 40 "$(ranks 2) $long micro_batch_tokens=65536 parallel.cp=2" 1
 }
+busy() { # so many tokens that the GPUs never wait for the host
+    local step="benchmarks/train_step.py model=text01_1b rival=false steps=10 profile=true micro_batch_tokens=65536"
+    run busy_dp2 60 "$(ranks 2) $step" 1
+    run busy_cp2 60 "$(ranks 2) $step parallel.cp=2" 1
+    run busy_ep2 60 "$(ranks 2) $step parallel.ep=2" 1
+}
 long() { run long_cp2 400 "python3 benchmarks/long_steps.py ranks=2 'kinds=[hybrid]' budget_s=390 output=$out/long_cp2" 12; }
 
-[ $# -gt 0 ] || set -- tests softmax experts steps sequence
+[ $# -gt 0 ] || set -- tests softmax experts steps busy sequence
 for stage in "$@"; do "$stage"; done
 [ ! -e "$out/FAILED" ]
