@@ -1,6 +1,7 @@
 """The sources of a run as a stage uses them: what it trains on, and what is held out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fulmen.data.loader import PackedLoader
@@ -29,28 +30,27 @@ def open_loader(
         # What still waits for a row may be of a stage whose documents are none for this objective.
         drawn = drawn_sources(run_config, stage.index)
         state = state | {"pending": [rest for rest in state["pending"] if rest[0] in drawn]}
-    loader = PackedLoader(
-        config.data.sources,
-        seq_len=config.data.seq_len,
-        micro_batch_tokens=config.trainer.micro_batch_tokens,
-        batch_tokens=stage.batch_tokens,
-        shares=lambda tokens: shares_at(run_config, stage.inside(tokens)),
-        length_bounds=config.data.length_bounds,
-        seed=config.seed,
-        vocab_size=config.model.vocab_size,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp,
-        prefetch_steps=config.data.prefetch_steps,
-        image_workers=config.data.image_workers,
-        tile_part=(mesh.cp_rank, mesh.cp),
-        state=state,
-    )
+    with _errors_name(stage.name):
+        loader = PackedLoader(
+            config.data.sources,
+            seq_len=config.data.seq_len,
+            micro_batch_tokens=config.trainer.micro_batch_tokens,
+            batch_tokens=stage.batch_tokens,
+            shares=lambda tokens: shares_at(run_config, stage.inside(tokens)),
+            length_bounds=config.data.length_bounds,
+            seed=config.seed,
+            vocab_size=config.model.vocab_size,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+            prefetch_steps=config.data.prefetch_steps,
+            image_workers=config.data.image_workers,
+            tile_part=(mesh.cp_rank, mesh.cp),
+            state=state,
+        )
     check_images(loader.splits, config.model.vision)
     for name, shares in list_shares(run_config):
-        try:
+        with _errors_name(name):
             loader.check_shares(shares)
-        except ValueError as error:
-            raise ValueError(f"stages.{name}: {error}") from None
     return loader
 
 
@@ -81,7 +81,7 @@ def check_stages(
     """
     for stage in list_stages(run_config)[first:]:
         config = stage.config
-        try:
+        with _errors_name(stage.name):
             for split in splits:
                 check_fits(split, config.data.seq_len)
             if stage.index == first:
@@ -93,8 +93,15 @@ def check_stages(
             if config.objective == "coca":
                 drawn = drawn_sources(run_config, stage.index)
                 _check_captions(config, drawn, splits, mesh)
-        except ValueError as error:
-            raise ValueError(f"stages.{stage.name}: {error}" if stage.name else error) from None
+
+
+@contextmanager
+def _errors_name(stage: str) -> Iterator[None]:
+    """A ValueError begins with the stage, if that has a name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stages.{stage}: {error}" if stage else str(error)) from None
 
 
 def _check_captions(

@@ -156,6 +156,8 @@ def shares_at(config: RunConfig, tokens: int) -> Shares:
     if index == 0 or done >= stage.transition_tokens:
         return now
     before = _shares(config, stages[index - 1], late=True)
+    if done == 0:
+        return before  # of its sources alone, none may have documents of the new lengths
     part = done / stage.transition_tokens
     lengths = now.lengths
     if lengths is not None and before.lengths is not None:

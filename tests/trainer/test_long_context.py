@@ -200,7 +200,8 @@ def test_a_length_too_short_for_a_task_is_told_at_the_start(tiny_data: Path) -> 
     config = tiny_config(tiny_data)
     nothing: Any = None
     config.evaluation.long_context = LongContextConfig(every_steps=5, lengths=[4000, 20])
-    with pytest.raises(ValueError, match="niah in lengths=20: a prompt of 20 tokens has no room"):
+    message = r"^evaluation\.long_context: niah in lengths=20: a prompt of 20 tokens has no room"
+    with pytest.raises(ValueError, match=message):
         LongContext.open(config, nothing, nothing)
 
 

@@ -165,6 +165,18 @@ def test_shares_go_linearly_over_the_transition_and_the_late_ones_are_exact() ->
         assert sum(shares(config, tokens).values()) == pytest.approx(1)
 
 
+def test_a_transition_begins_at_what_the_stage_before_could_draw() -> None:
+    config = staged()
+    first, middle = config.stages["first"], config.stages["middle"]
+    first.weights, first.lengths = {"text": 1}, {}
+    middle.weights, middle.lengths = {"code": 1}, {"long": 1}
+    # Perhaps only `code` has long documents, and at the first token it has no share yet.
+    assert shares_at(config, 1000) == shares_at(config, 999)
+    assert shares(config, 1000)["code"] == 0
+    assert shares(config, 1001)["code"] > 0
+    assert shares_at(config, 1001).lengths == {"short": 0, "medium": 0, "long": 1}
+
+
 def test_the_shares_to_be_checked_are_those_of_every_stage() -> None:
     listed = list_shares(staged())
     assert [name for name, _ in listed] == ["first", "first", "middle", "middle", "last", "last"]
@@ -342,6 +354,11 @@ def test_what_a_later_stage_cannot_do_is_told_at_the_start(
     config.stages["to_128"].evaluation = {"reading": {"every_steps": 3}}
     with pytest.raises(ValueError, match=r"stages\.to_128: reading: no source"):
         Trainer(config, mesh, tmp_path / "run")
+    config.data.length_bounds = [500, 600]
+    for name in ("to_64", "start"):  # a later one, and that which begins
+        config.stages[name].lengths = {"long": 1}
+        with pytest.raises(ValueError, match=rf"stages\.{name}: lengths\.long=1\.0: no source"):
+            Trainer(config, mesh, tmp_path / "run")
 
 
 def test_the_nearest_key_of_a_stage() -> None:

@@ -83,5 +83,8 @@ def open_texts(config: RunConfig) -> tuple[Language, list[Cell]]:
     for task in asked.tasks:
         shortest = Cell(task, min(lengths), depth=0.0)
         for sample in range(asked.samples):
-            make_cell_prompt(shortest, language, seed=config.seed, sample=sample)
+            try:
+                make_cell_prompt(shortest, language, seed=config.seed, sample=sample)
+            except ValueError as error:
+                raise ValueError(f"evaluation.long_context: {error}") from None
     return language, cells
