@@ -134,7 +134,7 @@ class LanguageModelling(Objective):
                 )
 
     def begin_step(self, batch: StepBatch) -> None:
-        self._num_labels = batch.num_labels
+        self._num_labels = max(1, batch.num_labels)  # documents of one token have none
         # Of a run's only source it would be the loss again.
         self._labels = {
             f"{LOSS_PREFIX}{source}": (number, count)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.folders import write_folder
 from support.tiny import tiny_config
 
 from fulmen.data.loader import PackedLoader
@@ -166,6 +167,17 @@ def test_the_run_ends_at_its_tokens(
     assert [row["step"] for row in rows if "loss" in row] == [2]
     assert [row["step"] for row in rows if "eval_loss/text" in row] == [2, 3]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_3"]
+
+
+def test_a_step_without_labels_is_one_like_others(one_rank: torch.device, tmp_path: Path) -> None:
+    config = configuration(write_folder(tmp_path / "text", [[5]] * 900, [[5]], vocab_size=301))
+    config.trainer.max_steps = 2
+    trainer = Trainer(config, build_mesh(config.parallel, one_rank), tmp_path)
+    trainer.fit()
+    trainer.close()
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert [(row["loss"], row["skipped"]) for row in rows] == [(0, 0), (0, 0)]
+    assert all(row["grad_norm"] > 0 for row in rows)  # experts are balanced all the same
 
 
 def test_capacity_drops_are_reported(
