@@ -4,8 +4,8 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -268,6 +268,9 @@ def to_dataclass(composed: Any, schema: type[Schema]) -> Schema:
 
 def check_config(config: RunConfig, world_size: int) -> None:
     """Raise `ValueError`, naming the keys, for what can be told to fail before anything runs."""
+    for key, value in _floats(asdict(config)):
+        if not math.isfinite(value):
+            raise ValueError(f"{key}={value}: must be a finite number")
     check_model(config.model, config.moe)
     check_parallel(config.parallel, world_size)
     check_experts(config.parallel, config.model, world_size)
@@ -310,6 +313,15 @@ def check_config(config: RunConfig, world_size: int) -> None:
     key = "evaluation.long_context."
     check_tasks(long.tasks, long.lengths, long.depths, long.samples, key)
     check_reading(config.evaluation.reading, config.data.sources)
+
+
+def _floats(tree: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(tree, float):
+        yield key, tree
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    for name, part in tree.items() if isinstance(tree, dict) else ():
+        yield from _floats(part, f"{key}.{name}" if key else name)
 
 
 def _check_preference(config: RunConfig) -> None:
@@ -434,6 +446,7 @@ def _check_ranges(config: RunConfig) -> None:
             off = ", or null" if key.startswith(optional) else ""
             raise ValueError(f"{key}={value}: must be above 0{off}")
     not_negative = {
+        "seed": config.seed,
         "schedule.warmup_steps": config.schedule.warmup_steps,
         "optim.weight_decay": config.optim.weight_decay,
         "data.prefetch_steps": config.data.prefetch_steps,

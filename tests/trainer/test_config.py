@@ -1,5 +1,6 @@
 """What the configuration refuses, and that every message names the key."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,11 @@ Change = Callable[[RunConfig], None]
 
 
 def put(key: str, value: object) -> Change:
-    """Set `group.name` to a value."""
+    """Set `group.name`, or a key without a group, to a value."""
 
     def change(config: RunConfig) -> None:
-        group, name = key.split(".")
-        setattr(getattr(config, group), name, value)
+        group, _, name = key.rpartition(".")
+        setattr(getattr(config, group) if group else config, name, value)
 
     return change
 
@@ -73,6 +74,13 @@ MISTAKES = [
     (put("moe.capacity_factor", 0.0), r"moe\.capacity_factor=0\.0: must be positive, or null"),
     (put("moe.global_router", True), r"moe\.global_router=true .* moe\.capacity_factor is null"),
     (put("moe.aux_loss_scope", "row"), r"moe\.aux_loss_scope=row: must be one of micro_batch, gl"),
+    (put("moe.capacity_factor", math.inf), r"^moe\.capacity_factor=inf: must be a finite number"),
+    (put("optim.lr", math.nan), r"^optim\.lr=nan: must be a finite number"),
+    (
+        put("schedule.phases", [PhaseConfig(10, math.nan)]),
+        r"^schedule\.phases\.0\.lr_factor=nan: must be a finite number",
+    ),
+    (put("seed", -1), r"^seed=-1: must not be negative"),
     (put("parallel.cp", 3), r"parallel\.cp=3 does not divide"),
     (put("parallel.ep", 3), r"parallel\.ep=3 x parallel\.etp=1 does not divide the 2 process"),
     *[
