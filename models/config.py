@@ -144,6 +144,9 @@ def check_model(config: ModelConfig, moe: MoEConfig) -> None:
     for name, value in sizes:
         if value < 1:
             raise ValueError(f"model.{name}={value}: must be at least 1")
+    for name in ("rope_theta", "rms_norm_eps", "lightning_norm_eps"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"model.{name}={getattr(config, name)}: must be above 0")
     if config.coca is not None:
         _check_coca(config, config.coca)
     elif heads & (heads - 1):

@@ -70,6 +70,8 @@ MISTAKES = [
     (put("model.rotary_dim", 7), r"model\.rotary_dim=7: must be even"),
     (put("model.rotary_dim", 18), r"model\.rotary_dim=18: .* model\.head_dim=16"),
     (put("model.num_experts_per_token", 5), r"num_experts_per_token=5 exceeds model\.num_exp.*=4"),
+    (put("model.rope_theta", 0.0), r"model\.rope_theta=0\.0: must be above 0"),
+    (put("model.rms_norm_eps", -1e-5), r"model\.rms_norm_eps=-1e-05: must be above 0"),
     (put("model.softmax_every", -1), r"model\.softmax_every=-1"),
     (put("moe.capacity_factor", 0.0), r"moe\.capacity_factor=0\.0: must be positive, or null"),
     (put("moe.global_router", True), r"moe\.global_router=true .* moe\.capacity_factor is null"),
