@@ -99,8 +99,11 @@ def sample(config: GenerateConfig) -> None:
         samples.append(shown + tokenizer.decode(new_ids))
         print(f"--------\n{samples[-1]}")
     if config.run is not None:
-        update_summary(Path(config.run), {"samples": samples})
-        print(f"--------\nreport: {write_report(Path(config.run))}")
+        try:
+            update_summary(Path(config.run), {"samples": samples})
+            print(f"--------\nreport: {write_report(Path(config.run))}")
+        except OSError as error:  # such as a run that belongs to somebody else
+            print(f"--------\nnot added to the report of run={config.run}: {error}")
 
 
 def check(config: GenerateConfig) -> None:
