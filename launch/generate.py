@@ -157,8 +157,10 @@ def read_prompts(
                     f"prompt {text!r} has no tokens: give at least one character of text"
                 )
         return tokenizer, prompts, () if end_id is None else (end_id,)
-    pictures = [open_picture(Path(path)) for path in config.images]
     vision = load_model_config(checkpoint).vision
+    if config.images and vision is None:
+        raise ValueError("images: the model has no eyes (model.vision): give text alone")
+    pictures = [open_picture(Path(path)) for path in config.images]
     maker = PromptMaker.open(tokenizer_file, vision, fixed=config.resolution == "fixed")
     names = "".join(f"[{path}]\n" for path in config.images)
     prompts = [

@@ -219,6 +219,7 @@ def test_what_generation_refuses(
     refused("is not UTF-8", prompt="\udcff bad")
     refused(f"{no_tokenizer} is not a tokenizer.json", tokenizer=str(no_tokenizer))
     refused(f"{no_tokenizer} is not a tokenizer.json", tokenizer=str(tmp_path))  # its folder
+    refused("images: the model has no eyes", prompt="a", images=["none.png"])
     refused("is not a whole checkpoint", run=None, checkpoint=str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("in one process")
