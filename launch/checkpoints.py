@@ -40,6 +40,8 @@ def find_tokenizer(tokenizer: str | None, checkpoint: Path) -> Path:
     """The tokenizer file; `ValueError` naming the key if it is not there."""
     if tokenizer is not None:
         path = Path(tokenizer)
+        if path.is_dir():  # a prepared folder, as prepare_data takes it
+            path /= "tokenizer.json"
     else:
         sources = find_sources(checkpoint)
         if not sources:
@@ -47,6 +49,7 @@ def find_tokenizer(tokenizer: str | None, checkpoint: Path) -> Path:
         path = Path(next(iter(sources.values())).path) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
-            f"tokenizer {path} does not exist: give tokenizer=PATH of a tokenizer.json"
+            f"tokenizer {path} does not exist: give tokenizer=PATH of a tokenizer.json, or of a "
+            "folder with one"
         )
     return path

@@ -97,12 +97,15 @@ def check_same_model(path: Path, model: ModelConfig) -> None:
 
 def changed_keys(path: Path, config: RunConfig) -> list[str]:
     """Each key, with both values, in which a checkpoint's configuration differs from `config`."""
-    stored = _flatten(OmegaConf.to_container(load_run_config(path)))
+    # A checkpoint from before there was some key was trained with what is its default now.
+    default = _flatten(OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    stored = default | _flatten(OmegaConf.to_container(load_run_config(path)))
     current = _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
     return [
-        f"{key} was {stored[key]}, is {current.get(key)}"
-        for key in sorted(stored)
-        if stored[key] != current.get(key) and not key.startswith(("checkpoint.", "log.", "run_"))
+        f"{key} was {stored.get(key)}, is {current.get(key)}"
+        for key in sorted(stored | current)
+        if stored.get(key) != current.get(key)
+        and not key.startswith(("checkpoint.", "log.", "run_"))
     ]
 
 
