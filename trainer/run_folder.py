@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fulmen.trainer.config import RunConfig
+from fulmen.trainer.run_log import log
 
 DONE = "DONE"
 LOCK = ".lock"
@@ -61,11 +62,13 @@ def alone_in(run_dir: Path, timeout_s: float) -> Iterator[None]:
 def _take(lock: int, run_dir: Path, most_s: float) -> str | None:
     """Why the lock cannot be had, or None."""
     host, began_s = socket.gethostname(), time.monotonic()
+    job = os.environ.get("SLURM_JOB_ID")
+    own = f"{host}, process {os.getpid()}" + (f" of job {job}" if job else "")
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{host}, process {os.getpid()}".encode(), 0)
+            os.pwrite(lock, own.encode(), 0)
             return None
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -73,6 +76,10 @@ def _take(lock: int, run_dir: Path, most_s: float) -> str | None:
         holder = os.pread(lock, 1000, 0).decode()
         limit_s = HERE_S if holder.startswith(f"{host},") else ELSEWHERE_S
         if time.monotonic() > began_s + min(limit_s, most_s):
+            if job and limit_s == ELSEWHERE_S and holder.endswith(f" of job {job}"):
+                # SLURM starts a job anew when it has given up the machine that it ran on.
+                log.warning("%s is locked by %s, a machine that is lost", run_dir, holder)
+                return None
             return (
                 f"{run_dir} is in use, by {holder or 'another process'}: two jobs in one folder "
                 f"would overwrite each other. Stop that one (touch {run_dir}/STOP), or choose "

@@ -121,6 +121,22 @@ def test_two_jobs_do_not_share_a_folder(tmp_path: Path) -> None:
         assert f"remove {tmp_path}/.lock" in said
 
 
+def test_a_job_started_anew_elsewhere_does_not_wait_for_a_lost_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "ELSEWHERE_S", 0.0)
+    path = tmp_path / "lock"
+    path.write_text("lost, process 7 of job 33")
+    with path.open() as held, path.open("r+") as file:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setenv("SLURM_JOB_ID", "33")
+        assert run_folder._take(file.fileno(), tmp_path, 60.0) is None
+        monkeypatch.setenv("SLURM_JOB_ID", "3")
+        said = run_folder._take(file.fileno(), tmp_path, 60.0)
+        assert said is not None
+        assert "in use, by lost, process 7 of job 33: two jobs" in said
+
+
 def test_a_file_system_without_locks_keeps_nobody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
