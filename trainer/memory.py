@@ -163,7 +163,7 @@ def _list_units(
 ) -> list[Unit]:
     sizes: dict[tuple[int, str], list[int]] = {}
     for name, shape in model.shapes:
-        layer, unit = _unit_of(name)
+        layer, unit = unit_of(name)
         experts = unit == "experts"
         ranks = world_size // split if experts else world_size
         whole = prod(shape) // split if experts else prod(shape)
@@ -198,7 +198,7 @@ def _list_units(
     return units
 
 
-def _unit_of(name: str) -> tuple[int, str]:
+def unit_of(name: str) -> tuple[int, str]:
     words = name.split(".")
     if name in ("image_newline", "class_embedding", "position_embedding.weight"):
         return -1, "norm"

@@ -9,13 +9,14 @@ docs/planner.md holds them against measured steps.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fulmen.trainer.coca_memory import coca_moments
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.flops import count_passes_by_part, forward_flops, training_flops
+from fulmen.trainer.gathers import Key, count_gathers
 from fulmen.trainer.memory import (
     FP32,
     GIB,
@@ -150,12 +151,12 @@ def passes_by_part(config: RunConfig) -> dict[str, float]:
 def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, batch: int) -> Step:
     """Time of a step of `batch` tokens over all ranks."""
     count = micro_batches(config, gpus, batch)
-    units = list_units(config, gpus)
+    units, gathers = list_units(config, gpus), count_gathers(config, count)
     work = {kind: count * s for kind, s in _micro_batch_work(config, gpu, assume).items()}
     bandwidth = gpu.memory_gb_per_s * 1e9 * assume.memory_share
     work["optimiser"] = sum(40 * unit.trained_shard for unit in units) / bandwidth
-    work["casts"] = sum(_cast_bytes(unit, count) for unit in units) / bandwidth
-    exchanges = list(_exchanges(config, gpus, units, count))
+    work["casts"] = sum(_cast_bytes(unit, count, gathers) for unit in units) / bandwidth
+    exchanges = list(_exchanges(config, units, count, gathers))
     exchange_gb: dict[str, float] = {}
     exchange_s: dict[str, float] = {}
     for kind, size, members, stride in exchanges:
@@ -256,38 +257,41 @@ def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes) -> int:
     return s.e * blocks
 
 
-def _cast_bytes(unit: Unit, count: int) -> int:
+def _cast_bytes(unit: Unit, count: int, gathers: Mapping[Key, int]) -> int:
     """Of gathering a unit's weights into copies and its gradients into fp32 buffers, in a step."""
-    gathers, reductions = _times(unit, count)
+    gathered, reductions = _times(unit, count, gathers)
     accumulated = 0 if unit.stage >= 2 else (count - 1) * unit.trained_whole
     accumulated *= unit.copy_bytes + 2 * FP32
     return (
-        gathers * (FP32 * unit.shard + 3 * unit.copy_bytes * unit.whole)
+        gathered * (FP32 * unit.shard + 3 * unit.copy_bytes * unit.whole)
         + reductions * (unit.copy_bytes + 2 * FP32) * unit.trained_whole
         + accumulated
     )
 
 
-def _times(unit: Unit, count: int) -> tuple[int, int]:
+def _times(unit: Unit, count: int, gathers: Mapping[Key, int]) -> tuple[int, int]:
     """How often a unit's weights are gathered and its gradients reduced in a step."""
-    return (2 * count if unit.stage == 3 else 1), (count if unit.stage >= 2 else 1)
+    gathered = gathers[unit.layer, unit.name] if unit.stage == 3 else 1
+    return gathered, (count if unit.stage >= 2 else 1)
 
 
 Exchange = tuple[str, float, int, int]
 """Kind, bytes that come to a rank in a step, ranks of the group, distance between neighbours."""
 
 
-def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> Iterator[Exchange]:
+def _exchanges(
+    config: RunConfig, units: list[Unit], count: int, gathers: Mapping[Key, int]
+) -> Iterator[Exchange]:
     s, model, parallel = sizes_of(config), config.model, config.parallel
     split = parallel.ep * parallel.etp
     for unit in units:
-        gathers, reductions = _times(unit, count)
+        gathered, reductions = _times(unit, count, gathers)
         others = unit.ranks - 1
         if unit.stage == 0:
             # An all-reduce: scatter and gather.
             size = 2 * FP32 * unit.trained_whole * others / unit.ranks
         else:  # padded: each rank sends as much as the one with most
-            size = gathers * unit.copy_bytes * unit.shard * others
+            size = gathered * unit.copy_bytes * unit.shard * others
             size += reductions * FP32 * unit.trained_shard * others
         yield "ZeRO", size, unit.ranks, split if unit.name == "experts" else 1
     passes = count_passes(config)
