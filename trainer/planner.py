@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulmen.trainer.coca_memory import coca_moments
+from fulmen.trainer.coca_work import captioner_flops, captioner_moved, embeddings_sent
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.flops import count_passes_by_part, forward_flops, training_flops
 from fulmen.trainer.gathers import Key, count_gathers
@@ -32,7 +33,7 @@ from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_sizes, batch_tokens
 from fulmen.trainer.sizes import Sizes, compute_bytes, sizes_of
 from fulmen.trainer.stages import Stage, fault_of, list_stages, run_tokens
-from fulmen.trainer.tower_memory import documents_in
+from fulmen.trainer.tower_memory import documents_in, last_products, tower_moved
 
 NODE = 8
 """GPUs joined by NVLink."""
@@ -184,36 +185,35 @@ def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, ba
 def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[str, float]:
     """Seconds of one rank by kind of work, forward, backward and what is computed again."""
     model, s = config.model, sizes_of(config)
+    peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
+    passes, trained = count_passes(config), passes_by_part(config)
+    bandwidth, matmul_rate = gpu.memory_gb_per_s * 1e9, peak * assume.matmul_share
+    if model.coca is not None:
+        parts = captioner_flops(config, trained).items()
+        moved = captioner_moved(config, trained) / (bandwidth * assume.memory_share)
+        work = {kind.replace("_", " "): operations / matmul_rate for kind, operations in parts}
+        return work | {"memory-bound ops": moved}
     flops = forward_flops(
         model,
         num_tokens=s.T,
         num_assignments=s.rows // s.etp * model.num_layers,
         **documents_in(model, s.T, config.data.seq_len),
     )
-    peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
-    passes, trained = count_passes(config), passes_by_part(config)
     # Of passes that frozen parts do without; ops bound by memory are counted whole.
     less = {part: 3 - trained.get(part, 3) for part in flops}
-    if model.coca is not None:
-        again = config.trainer.activation_checkpointing == "full"
-        return {
-            kind.replace("_", " "): (3 + (again and kind != "head"))
-            * work
-            / (peak * assume.matmul_share)
-            for kind, work in flops.items()
-        }
     lightning = model.num_layers - model.num_softmax_layers
     core_bytes = lightning * s.e * s.T * s.i * passes.lightning_tensors
-    bandwidth = gpu.memory_gb_per_s * 1e9
     projections = sum(
         (passes.projections - less[part]) * flops[part]
         for part in ("softmax_projections", "lightning_projections")
     )
-    matmul_rate = peak * assume.matmul_share
-    seeing = {}
+    seeing, moved = {}, float(_moved_bytes(config, s, passes))
     if model.vision is not None:
-        again = config.trainer.activation_checkpointing == "full"
-        tower = (3 + again - less["vision_tower"]) * flops["vision_tower"]
+        trains, tiles = less["vision_tower"] < 2, s.T / model.vision.tiling.patches_per_tile
+        moved += tower_moved(config, tiles, trains=trains)
+        tower = (3 - less["vision_tower"]) * flops["vision_tower"]
+        if trains and config.trainer.activation_checkpointing == "full":
+            tower += flops["vision_tower"] - last_products(model.vision, tiles)
         tower += (3 - less["projector"]) * flops["projector"]
         seeing = {"vision tower": tower / matmul_rate}
     return seeing | {
@@ -232,7 +232,7 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         * flops["softmax_core"]
         / (peak * assume.softmax_share),
         "lightning core": core_bytes / (bandwidth * assume.lightning_share),
-        "memory-bound ops": _moved_bytes(config, s, passes) / (bandwidth * assume.memory_share),
+        "memory-bound ops": moved / (bandwidth * assume.memory_share),
     }
 
 
@@ -294,6 +294,10 @@ def _exchanges(
             size = gathered * unit.copy_bytes * unit.shard * others
             size += reductions * FP32 * unit.trained_shard * others
         yield "ZeRO", size, unit.ranks, split if unit.name == "experts" else 1
+    if model.coca is not None:
+        gpus = units[0].ranks
+        yield "embeddings", 2 * count * (gpus - 1) * embeddings_sent(config), gpus, 1
+        return
     passes = count_passes(config)
     lightning = model.num_layers - model.num_softmax_layers
     rows = s.rows // s.etp * s.h * s.e  # of one exchange
