@@ -417,7 +417,7 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         reduce(*by_layer[number].values())
     if tower:
         whole = max(last_reduced // FP32, *(unit.trained_whole for unit in seeing))
-        working = tower_work(config.model, s.T, s.e) + s.e * whole
+        working = tower_work(config.model, s.T, s.e, trains=_tower_trains(seeing)) + s.e * whole
         yield parts(*seeing, activations=to_the_end, working=working, buffers=FP32 * whole)
     reduce(*seeing)
     to_the_end -= tower
@@ -435,7 +435,12 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
 def _kept_by_tower(config: RunConfig, s: Sizes, units: list[Unit]) -> int:
     if not any(unit.trained_whole for unit in units):
         return 0
-    return tower_activations(config.model, s.T, s.e, config.trainer.activation_checkpointing)
+    policy, trains = config.trainer.activation_checkpointing, _tower_trains(units)
+    return tower_activations(config.model, s.T, s.e, policy, trains=trains)
+
+
+def _tower_trains(units: list[Unit]) -> bool:
+    return any(unit.trained_whole for unit in units if unit.name.startswith("vision_tower"))
 
 
 def _lowest_trained(units: list[Unit], num_layers: int) -> int:

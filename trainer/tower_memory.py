@@ -71,12 +71,19 @@ def block_activations(vision: VisionConfig, tiles: int, e: int, policy: str) -> 
     return e * n * (8 * d + 2 * m) + FP32 * n * (4 + heads)
 
 
-def tower_activations(config: ModelConfig, tokens: int, e: int, policy: str) -> int:
-    """Bytes that tower and projector keep on a rank with so many tokens; 0 without a tower."""
+def tower_activations(
+    config: ModelConfig, tokens: int, e: int, policy: str, *, trains: bool = True
+) -> int:
+    """Bytes that tower and projector keep on a rank with so many tokens; 0 without a tower.
+
+    One of which nothing `trains` keeps nothing.
+    """
     vision = config.vision
     if vision is None:
         return 0
     projector = tokens * (e * (vision.hidden_size + 3 * config.hidden_size) + 2 * INT64 + 1)
+    if not trains:
+        return projector
     return tile_activations(vision, count_tiles(vision, tokens), e, policy) + projector
 
 
@@ -92,16 +99,17 @@ def tile_activations(vision: VisionConfig, tiles: int, e: int, policy: str) -> i
     )
 
 
-def tower_work(config: ModelConfig, tokens: int, e: int) -> int:
+def tower_work(config: ModelConfig, tokens: int, e: int, *, trains: bool = True) -> int:
     """Bytes in the backward pass of the projector, or of a block that is computed again."""
     vision = config.vision
     assert vision is not None
+    of_projector = 4 * e * tokens * config.hidden_size
+    if not trains:
+        return of_projector
     tiles = count_tiles(vision, tokens)
     n = tiles * (vision.tiling.patches_per_tile + 1)
     gradients = e * n * (3 * vision.hidden_size + 2 * vision.mlp_hidden_size)
-    return max(4 * e * tokens * config.hidden_size, gradients) + block_activations(
-        vision, tiles, e, "none"
-    )
+    return max(of_projector, gradients) + block_activations(vision, tiles, e, "none")
 
 
 @dataclass(frozen=True)
