@@ -18,7 +18,7 @@ backward pass in numbers of the compute type, unless said:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from fulmen.models.config import ModelConfig
@@ -87,7 +87,11 @@ def coca_moments(config: RunConfig, world_size: int, micro_batches: int) -> Iter
     policy = config.trainer.activation_checkpointing
     everyone = most_pairs(model, config.trainer.micro_batch_tokens) * world_size
     steps = _steps(model, units, pairs, everyone, e, policy)
-    kept = sum(step.kept for step in steps)
+    here = 0
+    if config.trainer.offload_checkpoints:  # of the blocks' inputs two are here at a time
+        here = 2 * max(step.kept for step in steps if _is_of_block(step.unit))
+        steps = [replace(step, kept=0) if _is_of_block(step.unit) else step for step in steps]
+    kept = here + sum(step.kept for step in steps)
     head = next(unit for unit in units if unit.name == "lm_head")
     scratch = head_scratch(rows, model.hidden_size, model.vocab_size, e)
     in_head = 2 * e * rows * model.hidden_size + e * head.trained_whole + scratch
@@ -101,6 +105,10 @@ def coca_moments(config: RunConfig, world_size: int, micro_batches: int) -> Iter
         kept, last = kept - step.kept, step.unit
     zero.reduce(last)
     yield zero.parts(activations=0)
+
+
+def _is_of_block(unit: Unit) -> bool:
+    return unit.layer >= 0 or unit.name.startswith("vision_tower.")
 
 
 def _steps(
@@ -117,9 +125,10 @@ def _steps(
 
     def block(layer: int) -> _Step:
         sees = layer >= coca.num_unimodal_layers
-        kept = caption_block(model, pairs, tokens, e, policy, sees)
-        work = e * rows * (3 * model.hidden_size + 2 * model.expert_hidden_size)
-        work += again * caption_block(model, pairs, tokens, e, "none", sees)
+        own = tokens - sees  # class tokens end with the unimodal ones
+        kept = caption_block(model, pairs, own, e, policy, sees)
+        work = e * pairs * own * (3 * model.hidden_size + 2 * model.expert_hidden_size)
+        work += again * caption_block(model, pairs, own, e, "none", sees)
         return _Step(by_name[layer, "dense"], kept, work)
 
     seeing = block_activations(vision, pairs, e, policy)

@@ -65,7 +65,13 @@ from fulmen.trainer.core_memory import core_inputs, core_outputs, softmax_work
 from fulmen.trainer.groups import Settings, resolve_groups
 from fulmen.trainer.head_memory import head_bytes
 from fulmen.trainer.sizes import FP32, Sizes, compute_bytes, sizes_of
-from fulmen.trainer.tower_memory import tower_activations, tower_work
+from fulmen.trainer.tower_memory import (
+    captioner_inputs,
+    count_tiles,
+    tower_activations,
+    tower_inputs,
+    tower_work,
+)
 
 GIB = 2**30
 INT64 = 8
@@ -295,7 +301,15 @@ def host_bytes(config: RunConfig) -> int:
     """That a rank pins in host memory for its checkpoints."""
     if not config.trainer.offload_checkpoints:
         return 0
-    return sum(kept_of_layer(config, layer).movable for layer in range(config.model.num_layers))
+    model, s = config.model, sizes_of(config)
+    if model.coca is not None:
+        return captioner_inputs(model, s.T, s.e)
+    movable = sum(kept_of_layer(config, layer).movable for layer in range(model.num_layers))
+    if model.vision is None:
+        return movable
+    if not _tower_trains(list_units(config, 1)):
+        return movable
+    return movable + tower_inputs(model.vision, count_tiles(model.vision, s.T), s.e)
 
 
 Parts = dict[str, int]
@@ -435,8 +449,17 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
 def _kept_by_tower(config: RunConfig, s: Sizes, units: list[Unit]) -> int:
     if not any(unit.trained_whole for unit in units):
         return 0
-    policy, trains = config.trainer.activation_checkpointing, _tower_trains(units)
-    return tower_activations(config.model, s.T, s.e, policy, trains=trains)
+    model, policy, trains = (
+        config.model,
+        config.trainer.activation_checkpointing,
+        _tower_trains(units),
+    )
+    kept = tower_activations(model, s.T, s.e, policy, trains=trains)
+    if model.vision is not None and trains and config.trainer.offload_checkpoints:
+        # Two inputs are here at a time.
+        there = tower_inputs(model.vision, count_tiles(model.vision, s.T), s.e)
+        kept -= there - min(2, model.vision.num_layers) * there // model.vision.num_layers
+    return kept
 
 
 def _tower_trains(units: list[Unit]) -> bool:

@@ -99,6 +99,20 @@ def tile_activations(vision: VisionConfig, tiles: int, e: int, policy: str) -> i
     )
 
 
+def tower_inputs(vision: VisionConfig, tiles: int, e: int) -> int:
+    """Bytes of the inputs of all blocks: what full checkpointing keeps, here or on the host."""
+    return vision.num_layers * block_activations(vision, tiles, e, "full")
+
+
+def captioner_inputs(config: ModelConfig, tokens: int, e: int) -> int:
+    """The same of a tower and its captioner in a micro-batch of so many tokens."""
+    assert config.vision is not None
+    assert config.coca is not None
+    pairs, captions = ceil(count_pairs(config, tokens)), config.coca.max_text_tokens
+    rows = config.num_layers * captions + config.coca.num_unimodal_layers  # with class tokens
+    return tower_inputs(config.vision, pairs, e) + e * pairs * rows * config.hidden_size
+
+
 def tower_work(config: ModelConfig, tokens: int, e: int, *, trains: bool = True) -> int:
     """Bytes in the backward pass of the projector, or of a block that is computed again."""
     vision = config.vision
