@@ -28,6 +28,7 @@ from fulmen.trainer.memory import (
     frozen_of,
     host_bytes,
     list_units,
+    lowest_trained,
 )
 from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_sizes, batch_tokens
@@ -199,15 +200,17 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         num_assignments=s.rows // s.etp * model.num_layers,
         **documents_in(model, s.T, config.data.seq_len),
     )
-    # Of passes that frozen parts do without; ops bound by memory are counted whole.
+    # Of passes that frozen parts do without.
     less = {part: 3 - trained.get(part, 3) for part in flops}
+    # Layers below all that trains have no backward pass, and so no second one.
+    share = 1 - lowest_trained(config) / model.num_layers
     lightning = model.num_layers - model.num_softmax_layers
-    core_bytes = lightning * s.e * s.T * s.i * passes.lightning_tensors
+    core_bytes = lightning * s.e * s.T * s.i * (4 + share * (passes.lightning_tensors - 4))
     projections = sum(
-        (passes.projections - less[part]) * flops[part]
+        (3 - less[part] + share * (passes.projections - 3)) * flops[part]
         for part in ("softmax_projections", "lightning_projections")
     )
-    seeing, moved = {}, float(_moved_bytes(config, s, passes))
+    seeing, moved = {}, _moved_bytes(config, s, passes, share)
     if model.vision is not None:
         trains, tiles = less["vision_tower"] < 2, s.T / model.vision.tiling.patches_per_tile
         moved += tower_moved(config, tiles, trains=trains)
@@ -222,10 +225,10 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         "head": (3 + (config.objective == "preference") - less["head"])
         * flops["head"]
         / matmul_rate,
-        "experts": (passes.experts - less["experts"])
+        "experts": (3 - less["experts"] + share * (passes.experts - 3))
         * flops["experts"]
         / (peak * assume.grouped_share),
-        "router": (passes.experts - less["router"])
+        "router": (3 - less["router"] + share * (passes.experts - 3))
         * flops["router"]
         / (gpu.fp32_tflops * 1e12 * assume.fp32_share),
         "softmax core": (passes.softmax_core - less["softmax_core"] * (passes.softmax_core - 1) / 2)
@@ -236,24 +239,25 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
     }
 
 
-def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes) -> int:
-    """Of ops that are bound by memory: each input read once, each output written once.
+def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes, share: float) -> float:
+    """Of ops that are bound by memory: each input read once, each output written once; a `share` of
+    the layers has a backward pass.
 
     Forward and backward numbers a token: norm 2 h + 3 h, deepnorm 3 h + 5 h, residual sum 5 h + 3
     h, router's cast 3 h + 4 h; SiLU 6 i + 9 i and gated norm 3 i + 5 i; RoPE 2 (i + v) each way;
     permutation h + k h each way, weighted sum k h + h and h + 2 k h. A row: SwiGLU 3 f + 6 f, sum
     of gradients 3 h.
     """
-    again = passes.attention_ops
+    again = 1 + share * (passes.attention_ops - 1)
     softmax = config.model.num_softmax_layers
     lightning = config.model.num_layers - softmax
     # Both norms belong to the attention half.
     of_experts = s.T * (10 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
-    forward = again * s.T * 5 * s.h + passes.expert_ops * of_experts
+    forward = again * s.T * 5 * s.h + (1 + share * (passes.expert_ops - 1)) * of_experts
     backward = s.T * (17 + 3 * s.k) * s.h + 6 * s.rows * s.f // s.etp + 3 * s.rows * s.h
-    blocks = config.model.num_layers * (forward + backward)
-    blocks += lightning * s.T * s.i * (9 * again + 14)
-    blocks += softmax * s.T * 2 * (s.i + s.v) * (again + 1)
+    blocks = config.model.num_layers * (forward + share * backward)
+    blocks += lightning * s.T * s.i * (9 * again + share * 14)
+    blocks += softmax * s.T * 2 * (s.i + s.v) * (again + share)
     return s.e * blocks
 
 

@@ -23,7 +23,7 @@ from fulmen.models.config import ModelConfig
 from fulmen.parallel import checkpointing
 from fulmen.parallel.config import ParallelConfig
 from fulmen.trainer import run
-from fulmen.trainer.config import OptimConfig, RunConfig
+from fulmen.trainer.config import GroupConfig, OptimConfig, RunConfig
 from fulmen.trainer.flops import device_peak
 from fulmen.trainer.head_memory import head_scratch
 from fulmen.trainer.memory import (
@@ -325,6 +325,26 @@ def test_full_checkpointing_computes_blocks_again() -> None:
     assert full["head"] == once["head"]
     assert step_flops(config, 1) == step_flops(none, 1)
     assert sum(find_peak(config, 2048, 1).values()) < sum(find_peak(none, 2048, 1).values())
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_frozen_layers_below_all_that_trains_run_forward_once(policy: str) -> None:
+    """Eight layers alike, the first four frozen: half of the work, and half of a forward pass."""
+
+    def work(frozen: str) -> dict[str, float]:
+        config = text01_1b(16384)
+        config.model.softmax_every = 0
+        config.trainer.activation_checkpointing = policy
+        config.optim.groups = {"low": GroupConfig(frozen, frozen=True)} if frozen else {}
+        return predict_step(config, 1, GPUS["h100"], Assumptions(), 16384).work_s
+
+    whole, half, head = work(""), work(r"embed_tokens|layers\.[0-3]\."), work("(?!lm_head)")
+    for kind in ("projections", "experts", "router", "lightning core", "memory-bound ops"):
+        # With nothing but the head there is a forward pass alone.
+        assert half[kind] == pytest.approx((whole[kind] + head[kind]) / 2), kind
+    again = policy == "full"
+    assert whole["projections"] == pytest.approx((3 + again) * head["projections"])
+    assert whole["lightning core"] == pytest.approx((11 + 4 * again) / 4 * head["lightning core"])
 
 
 def test_what_to_change_fits() -> None:

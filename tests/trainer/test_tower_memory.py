@@ -149,6 +149,9 @@ def test_inputs_of_the_tower_lie_on_the_host_too() -> None:
     text = host_bytes(config)
     config.model = vl_model()
     assert host_bytes(config) - text == 3 * 4 * 10 * 65 * 64
+    config.parallel.ep = 2
+    assert host_bytes(config) - text == 3 * 4 * 10 * 65 * 64
+    config.parallel.ep = 1
     there = next(moments(config, 1, 1))["activations"]
     config.trainer.offload_checkpoints = False
     here = next(moments(config, 1, 1))["activations"]
