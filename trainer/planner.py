@@ -243,21 +243,23 @@ def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes, share: float) -> f
     """Of ops that are bound by memory: each input read once, each output written once; a `share` of
     the layers has a backward pass.
 
-    Forward and backward numbers a token: norm 2 h + 3 h, deepnorm 3 h + 5 h, residual sum 5 h + 3
-    h, router's cast 3 h + 4 h; SiLU 6 i + 9 i and gated norm 3 i + 5 i; RoPE 2 (i + v) each way;
-    permutation h + k h each way, weighted sum k h + h and h + 2 k h. A row: SwiGLU 3 f + 6 f, sum
-    of gradients 3 h.
+    Forward and backward numbers a token: norm 2 h + 3 h, deepnorm 3 h + 5 h, residual sum 5 h + 2
+    h, router's cast 3 h + 3 h; SiLU 6 i + 9 i and gated norm 3 i + 5 i; RoPE 2 (i + v) each way;
+    permutation h + k h each way, weighted sum k h + h and h + 2 k h. Sums of gradients, 3 h each:
+    of attention's input by products (softmax has one more) and residual, of the experts' by router
+    and residual. A row: SwiGLU 3 f + 6 f, sum of gradients 3 h.
     """
     again = 1 + share * (passes.attention_ops - 1)
     softmax = config.model.num_softmax_layers
     lightning = config.model.num_layers - softmax
     # Both norms belong to the attention half.
-    of_experts = s.T * (10 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
-    forward = again * s.T * 5 * s.h + (1 + share * (passes.expert_ops - 1)) * of_experts
-    backward = s.T * (17 + 3 * s.k) * s.h + 6 * s.rows * s.f // s.etp + 3 * s.rows * s.h
+    of_experts = s.T * (2 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
+    forward = (again * 5 + 5 + 3 * (1 + share * (passes.casts - 1))) * s.T * s.h
+    forward += (1 + share * (passes.expert_ops - 1)) * of_experts
+    backward = s.T * (27 + 3 * s.k) * s.h + 6 * s.rows * s.f // s.etp + 3 * s.rows * s.h
     blocks = config.model.num_layers * (forward + share * backward)
     blocks += lightning * s.T * s.i * (9 * again + share * 14)
-    blocks += softmax * s.T * 2 * (s.i + s.v) * (again + share)
+    blocks += softmax * s.T * (2 * (s.i + s.v) * (again + share) + 3 * s.h * share)
     return s.e * blocks
 
 

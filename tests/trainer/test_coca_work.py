@@ -70,7 +70,7 @@ def run_step(config: RunConfig) -> None:
 def test_a_captioners_step_moves_what_is_predicted(policy: str) -> None:
     config = config_of(policy)
     assert count_pairs(config.model, config.trainer.micro_batch_tokens) == 8
-    with MovedBytes(OPS) as moved:
+    with MovedBytes(OPS, most_dims=3) as moved:
         run_step(config)
     predicted = captioner_moved(config, {})
     # Copies of pixels are not among the ops that were counted.
@@ -84,7 +84,7 @@ def test_a_tower_moves_what_is_predicted(trains: bool) -> None:
     with torch.device("meta"):
         tower = VisionTower(VISION).bfloat16().requires_grad_(trains)
         put_checkpoints(tower, [], "full")
-        with MovedBytes(OPS) as moved:
+        with MovedBytes(OPS, most_dims=3) as moved:
             output = tower(torch.zeros(5, 3, 64, 64))
             if trains:
                 output.backward(torch.zeros_like(output))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.meta import forward, meta_model, use_kernels_of_a_gpu
+from support.meta import MovedBytes, forward, meta_model, use_kernels_of_a_gpu
 from support.tiny import (
     ROOT,
     compose_config,
@@ -49,6 +49,7 @@ from fulmen.trainer.planner import (
     step_flops,
 )
 from fulmen.trainer.planner_search import changed, search, suggest
+from fulmen.trainer.sizes import sizes_of
 from fulmen.trainer.stages import list_stages
 
 H800 = GPUS["h800"]
@@ -325,6 +326,28 @@ def test_full_checkpointing_computes_blocks_again() -> None:
     assert full["head"] == once["head"]
     assert step_flops(config, 1) == step_flops(none, 1)
     assert sum(find_peak(config, 2048, 1).values()) < sum(find_peak(none, 2048, 1).values())
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_a_step_moves_what_is_predicted(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops bound by memory, but for what the experts do inside of their op."""
+    use_kernels_of_a_gpu(monkeypatch)
+    config = text01_1b(16384)
+    config.trainer.activation_checkpointing = policy
+    names = {"norm", "gated_norm", "silu_qkv", "unpermute"}
+    names = {f"fulmen::{name}{end}" for name in names for end in ("", "_backward")}
+    names |= {"fulmen::rope", "fulmen::permute", "add", "mul", "_to_copy"}
+    model = meta_model(config)
+    with MovedBytes(names) as moved:
+        output = forward(model, 16384)
+        (output.loss_sum + output.aux_loss).backward()
+    step = predict_step(config, 1, GPUS["h100"], Assumptions(memory_share=1), 16384)
+    predicted = step.work_s["memory-bound ops"] * GPUS["h100"].memory_gb_per_s * 1e9
+    s = sizes_of(config)
+    inside = 3 * s.f * (1 + (policy == "full")) + 6 * s.f + 3 * s.h
+    # The last norm is beside the layers.
+    predicted += s.e * s.T * 5 * s.h - config.model.num_layers * s.e * s.rows * inside
+    assert moved.total == pytest.approx(predicted, rel=0.03)
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
