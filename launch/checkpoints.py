@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, read_manifest
+from fulmen.trainer.manifest import load_run_config, read_manifest
 
 
 def find_checkpoint(run: str | None, checkpoint: str | None) -> Path:
@@ -28,12 +28,7 @@ def find_checkpoint(run: str | None, checkpoint: str | None) -> Path:
 
 def find_sources(checkpoint: Path) -> Mapping[Any, Any]:
     """Sources of the data that a checkpoint was trained on, by name; empty for imported weights."""
-    file = checkpoint / CONFIG_FILE
-    try:
-        run = OmegaConf.load(file)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    return OmegaConf.select(run, "data.sources") or {}
+    return OmegaConf.select(load_run_config(checkpoint), "data.sources") or {}
 
 
 def find_tokenizer(tokenizer: str | None, checkpoint: Path) -> Path:

@@ -26,8 +26,8 @@ from fulmen.models.hf import (
     to_hf_config,
     to_preprocessor_config,
 )
-from fulmen.trainer.manifest import verify
-from fulmen.trainer.weights import CheckpointWeights, load_model_config, load_run_config, new_folder
+from fulmen.trainer.manifest import load_run_config, verify
+from fulmen.trainer.weights import CheckpointWeights, load_model_config, new_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 INDEX = "model.safetensors.index.json"
