@@ -55,6 +55,7 @@ busy() { # so many tokens that the GPUs never wait for the host
     run busy_dp2 60 "$(ranks 2) $step" 1
     run busy_cp2 60 "$(ranks 2) $step parallel.cp=2" 1
     run busy_ep2 60 "$(ranks 2) $step parallel.ep=2" 1
+    run busy_ep2_two_groups 60 "$(ranks 2) $step parallel.ep=2 parallel.expert_token_groups=2" 1
 }
 long() { run long_cp2 400 "python3 benchmarks/long_steps.py ranks=2 'kinds=[hybrid]' budget_s=390 output=$out/long_cp2" 12; }
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from fulmen.data.image_shards import StoredImage
 from fulmen.data.images import ImageError, ImageLimits, Pixels, cut_tiles, decode_image
@@ -64,20 +65,30 @@ class ImageDecoder:
         self._workers.close()
 
 
+def read_image(image: StoredImage) -> Image.Image:
+    """An image of a prepared folder; `OSError` or `ImageError` where it is not as it was then."""
+    with open(image.path, "rb") as file:
+        file.seek(image.offset)
+        data = file.read(image.num_bytes)
+    if len(data) != image.num_bytes:
+        raise ImageError("truncated", "the file ends early")
+    picture = decode_image(data, _LIMITS)
+    if picture.size != (image.width, image.height):
+        # As of TIFFs that lie on their side: an earlier fulmen turned them twice.
+        raise ImageError(
+            "changed",
+            f"{picture.width} x {picture.height} pixels, {image.width} x {image.height} in its "
+            "index: prepare the folder anew",
+        )
+    return picture
+
+
 def _decode(job: TileJob) -> Decoded:
-    image = job.image
     try:
-        with open(image.path, "rb") as file:
-            file.seek(image.offset)
-            data = file.read(image.num_bytes)
-        if len(data) != image.num_bytes:
-            return Decoded(None, "the file ends early")
-        picture = decode_image(data, _LIMITS)
+        picture = read_image(job.image)
     except (OSError, ImageError) as error:
         return Decoded(None, f"{error}")
-    if picture.size != (image.width, image.height):
-        return Decoded(None, f"{picture.size} pixels, not those of its index")
-    return Decoded(cut_tiles(picture, image.layout)[job.begin : job.end], "")
+    return Decoded(cut_tiles(picture, job.image.layout)[job.begin : job.end], "")
 
 
 def _lost(job: TileJob) -> Decoded:

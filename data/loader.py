@@ -252,7 +252,7 @@ class _Planner:
         self._tokens: int = state["tokens"] if state else 0
         self._account: Account = {split.name: dict.fromkeys(BUCKETS, 0) for split in splits}
         if state is not None:
-            self._account = {name: dict(row) for name, row in state["account"].items()}
+            self._account |= {name: dict(row) for name, row in state["account"].items()}
         names = [(split.name, bucket) for split in splits for bucket in BUCKETS]
         self._streams = {name: number for number, name in enumerate(names)}
         self._pending: list[Rest] = [

@@ -185,6 +185,8 @@ class Mixture:
         _check_same_data(self._splits, state["sources"])
         self._credit.owed = [state["credit"][name] for name in BUCKETS]
         for source, split in enumerate(self._splits):
+            if split.name not in state["sources"]:
+                continue  # it begins now, and is owed nothing
             for bucket, name in enumerate(BUCKETS):
                 place = state["sources"][split.name]["buckets"][name]
                 self._cursors[source][bucket].go_to(place["epoch"], place["position"])
@@ -254,15 +256,16 @@ def _check_lengths(lengths: Mapping[str, float]) -> list[float]:
 def _check_same_data(splits: Sequence[PreparedSplit], places: Mapping[str, Any]) -> None:
     """A resumed run must see the documents it began with: the cursors count those."""
     names = {split.name for split in splits}
-    for name in sorted(names ^ places.keys()):
-        change = "is new" if name in names else "is gone"
+    for name in sorted(places.keys() - names):
         raise ValueError(
-            f"data.sources.{name} {change} since the checkpoint: resume with the same sources "
-            "(weight=0 turns one off), or start a new run"
+            f"data.sources.{name} is gone since the checkpoint: resume with the same sources and "
+            "more, if you like (weight=0 turns one off), or start a new run"
         )
     for split in splits:
-        if places[split.name]["fingerprint"] != split.fingerprint:
+        place = places.get(split.name)
+        if place is not None and place["fingerprint"] != split.fingerprint:
             raise ValueError(
                 f"data.sources.{split.name}: {split.path} holds other data than at the checkpoint "
-                "(another fingerprint): resume with the same data, or start a new run"
+                "(another fingerprint): resume with the same data, give the other data as a source "
+                "of another name, or start a new run"
             )

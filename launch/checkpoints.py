@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, read_manifest
+from fulmen.trainer.manifest import load_run_config, read_manifest
 
 
 def find_checkpoint(run: str | None, checkpoint: str | None) -> Path:
@@ -28,18 +28,15 @@ def find_checkpoint(run: str | None, checkpoint: str | None) -> Path:
 
 def find_sources(checkpoint: Path) -> Mapping[Any, Any]:
     """Sources of the data that a checkpoint was trained on, by name; empty for imported weights."""
-    file = checkpoint / CONFIG_FILE
-    try:
-        run = OmegaConf.load(file)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    return OmegaConf.select(run, "data.sources") or {}
+    return OmegaConf.select(load_run_config(checkpoint), "data.sources") or {}
 
 
 def find_tokenizer(tokenizer: str | None, checkpoint: Path) -> Path:
     """The tokenizer file; `ValueError` naming the key if it is not there."""
     if tokenizer is not None:
         path = Path(tokenizer)
+        if path.is_dir():  # a prepared folder, as prepare_data takes it
+            path /= "tokenizer.json"
     else:
         sources = find_sources(checkpoint)
         if not sources:
@@ -47,6 +44,7 @@ def find_tokenizer(tokenizer: str | None, checkpoint: Path) -> Path:
         path = Path(next(iter(sources.values())).path) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
-            f"tokenizer {path} does not exist: give tokenizer=PATH of a tokenizer.json"
+            f"tokenizer {path} does not exist: give tokenizer=PATH of a tokenizer.json, or of a "
+            "folder with one"
         )
     return path

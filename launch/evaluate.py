@@ -14,7 +14,7 @@ from typing import Any
 from fulmen.launch.checkpoints import find_checkpoint, find_sources, find_tokenizer
 from fulmen.launch.hydra_main import run_hydra
 from fulmen.parallel.config import ParallelConfig, check_parallel
-from fulmen.trainer.long_context.config import check_tasks
+from fulmen.trainer.long_context.config import TASKS, check_tasks
 from fulmen.trainer.reading.config import IMAGE_TASKS, READING
 
 POSITION_LOSS = "position_loss"
@@ -133,6 +133,9 @@ def evaluate(config: EvaluateConfig) -> None:
 def check(config: EvaluateConfig, world_size: int) -> None:
     """Raise `ValueError`, naming the key, for what can be told to fail before anything runs."""
     retrieval = retrieval_tasks(config)
+    known = (*TASKS, POSITION_LOSS, *IMAGE_TASKS)
+    if unknown := [task for task in config.tasks if task not in known]:
+        raise ValueError(f"tasks={','.join(unknown)}: choose from {', '.join(known)}")
     if retrieval or not config.tasks:
         check_tasks(retrieval, config.lengths, config.depths, config.samples, "")
     if not config.lengths and (retrieval or POSITION_LOSS in config.tasks):

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fulmen.data.shards import MANIFEST, read_manifest
 from fulmen.launch.hydra_main import run_hydra
 from fulmen.models.config import ModelConfig
 from fulmen.models.hf import (
@@ -25,8 +26,8 @@ from fulmen.models.hf import (
     to_hf_config,
     to_preprocessor_config,
 )
-from fulmen.trainer.manifest import verify
-from fulmen.trainer.weights import CheckpointWeights, load_model_config, load_run_config, new_folder
+from fulmen.trainer.manifest import load_run_config, verify
+from fulmen.trainer.weights import CheckpointWeights, load_model_config, new_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 INDEX = "model.safetensors.index.json"
@@ -157,12 +158,17 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _copy_tokenizer(folder: Path, run: Any, console: Console) -> None:
-    """Take tokenizer.json from the first data source, whose sources all share one."""
+    """Take tokenizer.json and the end of a document from a data source; all share one."""
     sources = OmegaConf.select(run, "data.sources") or {}
     for source in sources.values():
         tokenizer = Path(source.path) / "tokenizer.json"
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, folder / "tokenizer.json")
+            if (tokenizer.parent / MANIFEST).is_file():
+                end = read_manifest(tokenizer.parent)["end_of_document"]
+                kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end["token"]}
+                _write_json(folder / "tokenizer_config.json", kind)
+                _write_json(folder / "generation_config.json", {"eos_token_id": end["id"]})
             return
     console.print("no tokenizer.json in the run's data folders: none was copied")
 

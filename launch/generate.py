@@ -99,8 +99,11 @@ def sample(config: GenerateConfig) -> None:
         samples.append(shown + tokenizer.decode(new_ids))
         print(f"--------\n{samples[-1]}")
     if config.run is not None:
-        update_summary(Path(config.run), {"samples": samples})
-        print(f"--------\nreport: {write_report(Path(config.run))}")
+        try:
+            update_summary(Path(config.run), {"samples": samples})
+            print(f"--------\nreport: {write_report(Path(config.run))}")
+        except OSError as error:  # such as a run that belongs to somebody else
+            print(f"--------\nnot added to the report of run={config.run}: {error}")
 
 
 def check(config: GenerateConfig) -> None:
@@ -154,8 +157,10 @@ def read_prompts(
                     f"prompt {text!r} has no tokens: give at least one character of text"
                 )
         return tokenizer, prompts, () if end_id is None else (end_id,)
-    pictures = [open_picture(Path(path)) for path in config.images]
     vision = load_model_config(checkpoint).vision
+    if config.images and vision is None:
+        raise ValueError("images: the model has no eyes (model.vision): give text alone")
+    pictures = [open_picture(Path(path)) for path in config.images]
     maker = PromptMaker.open(tokenizer_file, vision, fixed=config.resolution == "fixed")
     names = "".join(f"[{path}]\n" for path in config.images)
     prompts = [

@@ -19,6 +19,7 @@ RECIPES = str(Path(__file__).resolve().parent.parent / "recipes")
 Schema = TypeVar("Schema")
 _OPEN = (
     r"data\.sources\.[^.=]+\.(path|weight)="
+    r"|(optim\.groups|evaluation\.zero_shot)\.[^.=]+\.[^=]+="
     r"|stages\.[^.=]+\.(lengths|weights|late_weights)\.[^.=]+="
     r"|stages\.[^.=]+\.(parallel|trainer|optim|preference|evaluation|health)\.[^=]+="
     r"|fields\.[^.=]+="
@@ -30,9 +31,9 @@ _NO_ENTRY = ": the recipe has no entry of that name (--cfg job prints those that
 def open_mappings(override: str) -> str:
     """Let an override also add what the recipe does not have, where names are the user's own.
 
-    That is `data.sources.NAME.path=...`, a key of one of a stage's mappings, as in
-    `stages.NAME.parallel.cp=...`, `fields.NAME=...` of prepare_images, and
-    `slurm.sweep={KEY: ...}`.
+    That is `data.sources.NAME.path=...`, so `optim.groups` and `evaluation.zero_shot`, a key of
+    one of a stage's mappings, as in `stages.NAME.parallel.cp=...`, `fields.NAME=...` of
+    prepare_images, and `slurm.sweep={KEY: ...}`.
     """
     if override.startswith("data.sources="):
         sys.exit(
@@ -77,6 +78,12 @@ def run_hydra(
             names = [str(name) for name in (error.filename, error.filename2) if name is not None]
             sys.exit(f"error: {' -> '.join(names)}: {error.strerror}")
 
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        # With one run_id, the run of the second value would go on with that of the first.
+        sys.exit(
+            "error: --multirun is not for these commands: start one for each value, a run with a "
+            "run_id of its own, or let launch/submit.py do it (slurm.sweep, docs/operations.md)"
+        )
     sys.argv[1:] = [open_mappings(word) for word in sys.argv[1:]]
     try:
         hydra.main(version_base="1.3", config_path=RECIPES, config_name=config_name)(call)()
@@ -96,6 +103,11 @@ def explain(error: Exception, schema: type) -> str:
     if unknown and re.search(r"Key '\S+' (is )?not in", text):
         key = unknown.group(1) or unknown.group(2)
         near = nearest_keys(key, schema)
+        if key == "recipe":
+            return (
+                "unknown key recipe: a recipe's keys are a run's own only if its file begins with "
+                "the line `# @package _global_`"
+            )
         if key in near:
             return f"unknown key {key}{_NO_ENTRY}"
         hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -304,7 +304,7 @@ class Checkpointer:
 
         def begin() -> None:
             if self._rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+                self._remove_leftovers()  # of a run that was killed: there may be no room beside
                 temporary.mkdir(parents=True)
                 write_durably(temporary / STATE_FILE, json.dumps(state, indent=1))
                 write_durably(temporary / CONFIG_FILE, config)
@@ -366,7 +366,10 @@ class Checkpointer:
                 continue
             # Renamed first, so that a half-deleted folder is never taken for a checkpoint.
             path.rename(path.with_name(f".{path.name}.deleting"))
-        for leftover in self.folder.glob(".step_*"):  # of this run, or of one that was killed
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _listing(self) -> list[Path]:

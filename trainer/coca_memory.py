@@ -2,8 +2,8 @@
 
 A micro-batch has as many pairs as `count_pairs` says, and all captions are padded to the longest.
 With n tokens of all captions, P patches of all images, d = hidden_size, m the MLP's width, v the
-tower's hidden_size, N pairs on a rank and A on all ranks, kept until the backward pass in numbers
-of the compute type, unless said:
+tower's hidden_size, N pairs on a rank and A the room for pairs on all ranks, kept until the
+backward pass in numbers of the compute type, unless said:
 
 | what               | none                       | selective                     | full |
 |--------------------|----------------------------|-------------------------------|------|
@@ -13,15 +13,16 @@ of the compute type, unless said:
 |                    | fp32 n (2 + heads) + 2 P   | n heads                       |      |
 | tower              | as of tower_memory.py, and its output, P v and N v                 |
 | pooler             | P 3 v, fp32 2 P                                                    |
-| contrast           | N (4 v + 2 d), fp32 N (2 A + 9 embedding_size)                     |
+| contrast           | N (4 v + 2 d), fp32 N (2 A + 7 w) + A (2 w + 1), w = embedding_size |
 | last norm, text    | n d, fp32 2 n; ids and labels int64 2 n                            |
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from fulmen.models.config import ModelConfig
+from fulmen.trainer.caption_inputs import most_pairs
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.head_memory import head_scratch
 from fulmen.trainer.memory import INT64, Held, Parts, Unit, list_units
@@ -48,7 +49,7 @@ def caption_block(
 
 
 def ends(model: ModelConfig, pairs: int, tokens: int, everyone: int, e: int) -> dict[str, int]:
-    """Bytes kept outside of blocks and tower; `everyone` are the pairs of all ranks."""
+    """Bytes kept outside of blocks and tower; `everyone` is the room for pairs of all ranks."""
     vision, coca = model.vision, model.coca
     assert vision is not None
     assert coca is not None
@@ -57,7 +58,8 @@ def ends(model: ModelConfig, pairs: int, tokens: int, everyone: int, e: int) -> 
     return {
         "tower's output": e * (patches + pairs) * v,
         "pooler": e * 3 * patches * v + FP32 * 2 * patches,
-        "contrast": FP32 * pairs * (2 * everyone + 9 * coca.embedding_size)
+        "contrast": FP32 * pairs * (2 * everyone + 7 * coca.embedding_size)
+        + FP32 * everyone * (2 * coca.embedding_size + 1)
         + e * pairs * (4 * v + 2 * d),
         "text": e * n * d + FP32 * 2 * n + 2 * INT64 * n,
     }
@@ -83,8 +85,13 @@ def coca_moments(config: RunConfig, world_size: int, micro_batches: int) -> Iter
     units = list_units(config, world_size)
     zero = Held(units, micro_batches)
     policy = config.trainer.activation_checkpointing
-    steps = _steps(model, units, pairs, pairs * world_size, e, policy)
-    kept = sum(step.kept for step in steps)
+    everyone = most_pairs(model, config.trainer.micro_batch_tokens) * world_size
+    steps = _steps(model, units, pairs, everyone, e, policy)
+    here = 0
+    if config.trainer.offload_checkpoints:  # of the blocks' inputs two are here at a time
+        here = 2 * max(step.kept for step in steps if _is_of_block(step.unit))
+        steps = [replace(step, kept=0) if _is_of_block(step.unit) else step for step in steps]
+    kept = here + sum(step.kept for step in steps)
     head = next(unit for unit in units if unit.name == "lm_head")
     scratch = head_scratch(rows, model.hidden_size, model.vocab_size, e)
     in_head = 2 * e * rows * model.hidden_size + e * head.trained_whole + scratch
@@ -98,6 +105,10 @@ def coca_moments(config: RunConfig, world_size: int, micro_batches: int) -> Iter
         kept, last = kept - step.kept, step.unit
     zero.reduce(last)
     yield zero.parts(activations=0)
+
+
+def _is_of_block(unit: Unit) -> bool:
+    return unit.layer >= 0 or unit.name.startswith("vision_tower.")
 
 
 def _steps(
@@ -114,9 +125,10 @@ def _steps(
 
     def block(layer: int) -> _Step:
         sees = layer >= coca.num_unimodal_layers
-        kept = caption_block(model, pairs, tokens, e, policy, sees)
-        work = e * rows * (3 * model.hidden_size + 2 * model.expert_hidden_size)
-        work += again * caption_block(model, pairs, tokens, e, "none", sees)
+        own = tokens - sees  # class tokens end with the unimodal ones
+        kept = caption_block(model, pairs, own, e, policy, sees)
+        work = e * pairs * own * (3 * model.hidden_size + 2 * model.expert_hidden_size)
+        work += again * caption_block(model, pairs, own, e, "none", sees)
         return _Step(by_name[layer, "dense"], kept, work)
 
     seeing = block_activations(vision, pairs, e, policy)

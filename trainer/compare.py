@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from fulmen.trainer.curves import COLORS, Rows, draw_line, figure, series
-from fulmen.trainer.manifest import CONFIG_FILE
+from fulmen.trainer.manifest import CONFIG_FILE, load_run_config
 from fulmen.trainer.metrics import EVAL_PREFIX
 from fulmen.trainer.report import find_panels, head_facts, read_rows, read_summary, write_page
 
@@ -78,8 +78,7 @@ def differences(configs: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]
 
 def _read_config(run_dir: Path) -> dict[str, str]:
     """A run's config.yaml as values by dotted key; empty where there is none."""
-    path = run_dir / CONFIG_FILE
-    if not path.is_file():
+    if not (run_dir / CONFIG_FILE).is_file():
         return {}
     flat: dict[str, str] = {}
 
@@ -90,7 +89,7 @@ def _read_config(run_dir: Path) -> dict[str, str]:
         else:
             flat[key] = str(value)
 
-    walk(OmegaConf.to_container(OmegaConf.load(path)), "")
+    walk(OmegaConf.to_container(load_run_config(run_dir)), "")
     return flat
 
 

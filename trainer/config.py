@@ -4,12 +4,13 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fulmen.data.config import DataConfig
 from fulmen.kernels.config import KernelsConfig
@@ -24,6 +25,20 @@ from fulmen.trainer.reading.config import ReadingConfig, check_reading
 Schema = TypeVar("Schema")
 OBJECTIVES = ("language_modelling", "preference", "coca")
 """Values of `objective`; trainer/objective.py."""
+
+
+def _entries(key: str, given: Mapping[str, Any], kind: type[Schema]) -> dict[str, Schema]:
+    """The values of a mapping as `kind`; of Any, as Hydra cannot add to one of dataclasses."""
+    entries: dict[str, Schema] = {}
+    for name, value in given.items():
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(kind), value)
+            entries[name] = cast(Schema, OmegaConf.to_object(merged))
+        except (OmegaConfBaseException, ValueError) as error:
+            known = ", ".join(item.name for item in fields(kind))  # type: ignore[arg-type]
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{key}.{name}={value}: {reason}; its keys are {known}") from None
+    return entries
 
 
 @dataclass
@@ -58,8 +73,11 @@ class OptimConfig:
     """Decoupled decay of matrices; norms have none."""
     grad_clip: float | None = 1.0
     """Largest norm of the whole gradient; null = no clipping."""
-    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
     """Groups of parameters by a name of their own; of several that match, the first one counts."""
+
+    def __post_init__(self) -> None:
+        self.groups = _entries("optim.groups", self.groups, GroupConfig)
 
 
 @dataclass
@@ -178,8 +196,11 @@ class EvaluationConfig:
     """Retrieval from long texts."""
     reading: ReadingConfig = field(default_factory=ReadingConfig)
     """Questions about held-out images."""
-    zero_shot: dict[str, ZeroShotConfig] = field(default_factory=dict)
+    zero_shot: dict[str, Any] = field(default_factory=dict)
     """Zero-shot classification of labelled folders, by a name of their own; for objective=coca."""
+
+    def __post_init__(self) -> None:
+        self.zero_shot = _entries("evaluation.zero_shot", self.zero_shot, ZeroShotConfig)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 from fulmen.trainer.config import RunConfig
@@ -24,24 +25,41 @@ def checkpoint_bytes(config: RunConfig) -> int:
 def check_disk(config: RunConfig, folder: Path) -> None:
     """`ValueError` if the checkpoints that a run will have at once do not fit below `folder`.
 
-    A new one is whole before an old one goes, so there is one more than is kept; those that lie
-    there already count as room, except the ends of stages, which stay.
+    That is most while a new one is written: it is whole before an old one goes, so there are
+    `checkpoint.keep` beside it, the one that health would go back to if it is older than those, and
+    the ends of stages before, which stay. What a save leaves that breaks off goes before the next
+    one begins. So all that lies there is room, but for broken ones that were set aside.
     """
-    count = 1 if config.checkpoint.every_steps is None else config.checkpoint.keep + 1
-    count += max(0, len(config.stages) - 1)
-    size = max(checkpoint_bytes(stage.config) for stage in list_stages(config))
+    stages = [stage.config for stage in list_stages(config)]
+    count = len(stages)  # those before the last end in one that stays, and one is being written
+    counted = "one being written, ends of stages"
+    if config.checkpoint.every_steps is not None:
+        count += config.checkpoint.keep + any(map(_goes_further_back, stages))
+        counted += ", checkpoint.keep, one to go back to"
+    size = max(map(checkpoint_bytes, stages))
     there = sum(
-        file.stat().st_size for path in folder.glob("step_*") for file in path.rglob("*.distcp")
+        file.stat().st_size
+        for path in folder.glob("*step_*")
+        if re.fullmatch(r"step_\d+|\.step_\d+\..*", path.name)
+        for file in path.rglob("*.distcp")
     )
     free, _ = space(folder)
     if free + there >= count * size:
         return
     raise ValueError(
-        f"{count} checkpoints of {gib(size)} (checkpoint.keep, one being written, ends of stages) "
+        f"{count} checkpoints of {gib(size)} ({counted}) "
         f"do not fit into {folder}: {gib(free)} free, {gib(there)} in checkpoints of this run. "
         "Free the disk, set run_root to another one or checkpoint.keep to less; "
         "trainer.allow_misfit=true begins all the same"
     )
+
+
+def _goes_further_back(config: RunConfig) -> bool:
+    """Whether the newest from before a bad step in the window can be older than those kept."""
+    every = config.checkpoint.every_steps
+    assert every is not None
+    health = config.health
+    return health.enabled and (config.checkpoint.keep - 1) * every < health.window
 
 
 def describe_space(folder: Path, needed: int) -> str:

@@ -56,7 +56,7 @@ _PEAKS = [
 def forward_flops(
     config: ModelConfig,
     *,
-    num_tokens: int,
+    num_tokens: float,
     sum_squared_lengths: float,
     num_assignments: int,
     num_tiles: float = 0,

@@ -52,6 +52,8 @@ def _sample(
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.numel()))
         logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
+    # In fp64 no temperature is 0, and behind the largest logit no quotient is infinite.
+    scores = (logits - logits.max()).double() / temperature
     # On the CPU, so that a seed gives the same text on every device.
-    probabilities = torch.softmax(logits / temperature, dim=0).cpu()
+    probabilities = torch.softmax(scores, dim=0, dtype=torch.float32).cpu()
     return int(torch.multinomial(probabilities, 1, generator=generator))

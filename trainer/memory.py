@@ -65,7 +65,13 @@ from fulmen.trainer.core_memory import core_inputs, core_outputs, softmax_work
 from fulmen.trainer.groups import Settings, resolve_groups
 from fulmen.trainer.head_memory import head_bytes
 from fulmen.trainer.sizes import FP32, Sizes, compute_bytes, sizes_of
-from fulmen.trainer.tower_memory import tower_activations, tower_work
+from fulmen.trainer.tower_memory import (
+    captioner_inputs,
+    count_tiles,
+    tower_activations,
+    tower_inputs,
+    tower_work,
+)
 
 GIB = 2**30
 INT64 = 8
@@ -136,6 +142,25 @@ def frozen_of(config: RunConfig) -> frozenset[str]:
     return frozenset(name for name, one in list_settings(config).items() if one.frozen)
 
 
+def tower_trains(config: RunConfig) -> bool:
+    """Whether anything of a vision tower does, and so it has a backward pass."""
+    frozen, names = frozen_of(config), (name for name, _ in count_model(config.model).shapes)
+    return any(name.startswith("vision_tower.") and name not in frozen for name in names)
+
+
+def lowest_trained(config: RunConfig) -> int:
+    """The first layer that has a backward pass, and so keeps anything for it."""
+    frozen = frozen_of(config)
+    if not frozen:
+        return 0
+    trained = [name for name, _ in count_model(config.model).shapes if name not in frozen]
+    layers = [unit_of(name)[0] for name in trained]
+    below = ("embed_tokens.", "vision_tower.", "multi_modal_projector.", "image_newline")
+    if any(name.startswith(below) for name in trained):
+        return 0
+    return min((n for n in layers if n >= 0), default=config.model.num_layers)
+
+
 def list_units(config: RunConfig, world_size: int) -> list[Unit]:
     """The ZeRO units of `parallelize`, in the order of the model."""
     parallel = config.parallel
@@ -163,7 +188,7 @@ def _list_units(
 ) -> list[Unit]:
     sizes: dict[tuple[int, str], list[int]] = {}
     for name, shape in model.shapes:
-        layer, unit = _unit_of(name)
+        layer, unit = unit_of(name)
         experts = unit == "experts"
         ranks = world_size // split if experts else world_size
         whole = prod(shape) // split if experts else prod(shape)
@@ -198,7 +223,7 @@ def _list_units(
     return units
 
 
-def _unit_of(name: str) -> tuple[int, str]:
+def unit_of(name: str) -> tuple[int, str]:
     words = name.split(".")
     if name in ("image_newline", "class_embedding", "position_embedding.weight"):
         return -1, "norm"
@@ -295,7 +320,15 @@ def host_bytes(config: RunConfig) -> int:
     """That a rank pins in host memory for its checkpoints."""
     if not config.trainer.offload_checkpoints:
         return 0
-    return sum(kept_of_layer(config, layer).movable for layer in range(config.model.num_layers))
+    model, s = config.model, sizes_of(config)
+    if model.coca is not None:
+        return captioner_inputs(model, s.T, s.e)
+    movable = sum(kept_of_layer(config, layer).movable for layer in range(model.num_layers))
+    if model.vision is None:
+        return movable
+    if not tower_trains(config):
+        return movable
+    return movable + tower_inputs(model.vision, count_tiles(model.vision, s.T), s.e)
 
 
 Parts = dict[str, int]
@@ -359,7 +392,7 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         by_layer.setdefault(unit.layer, {})[unit.name] = unit
     ends = by_layer.pop(-1)
     head = ends["lm_head"]
-    lowest = _lowest_trained(units, len(by_layer))
+    lowest = lowest_trained(config)
     layers = [layer_activations(config, n) if n >= lowest else 0 for n in sorted(by_layer)]
     on_its_way = s.e * s.T * s.h if config.trainer.offload_checkpoints else 0
     seeing = [unit for unit in ends.values() if _sees(unit)]
@@ -417,7 +450,7 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
         reduce(*by_layer[number].values())
     if tower:
         whole = max(last_reduced // FP32, *(unit.trained_whole for unit in seeing))
-        working = tower_work(config.model, s.T, s.e) + s.e * whole
+        working = tower_work(config.model, s.T, s.e, trains=tower_trains(config)) + s.e * whole
         yield parts(*seeing, activations=to_the_end, working=working, buffers=FP32 * whole)
     reduce(*seeing)
     to_the_end -= tower
@@ -435,14 +468,14 @@ def moments(config: RunConfig, world_size: int, micro_batches: int) -> Iterator[
 def _kept_by_tower(config: RunConfig, s: Sizes, units: list[Unit]) -> int:
     if not any(unit.trained_whole for unit in units):
         return 0
-    return tower_activations(config.model, s.T, s.e, config.trainer.activation_checkpointing)
-
-
-def _lowest_trained(units: list[Unit], num_layers: int) -> int:
-    """The first layer that has a backward pass, and so keeps anything for it."""
-    trained = {unit.layer for unit in units if unit.trained_whole and unit.layer >= 0}
-    embedding = any(u.trained_whole for u in units if u.name == "embed_tokens" or _sees(u))
-    return 0 if embedding else min(trained, default=num_layers)
+    model, trains = config.model, tower_trains(config)
+    policy = config.trainer.activation_checkpointing
+    kept = tower_activations(model, s.T, s.e, policy, trains=trains)
+    if model.vision is not None and trains and config.trainer.offload_checkpoints:
+        # Two inputs are here at a time.
+        there = tower_inputs(model.vision, count_tiles(model.vision, s.T), s.e)
+        kept -= there - min(2, model.vision.num_layers) * there // model.vision.num_layers
+    return kept
 
 
 @dataclass(frozen=True)

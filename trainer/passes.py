@@ -23,7 +23,10 @@ class Passes:
     attention_ops: int = 1
     """Forward passes of ops bound by memory in the attention half."""
     expert_ops: int = 1
-    """Likewise of the expert half."""
+    """Likewise of the expert half, but for the router's cast and the residual sum, which comes last
+    and is not repeated."""
+    casts: int = 1
+    """Likewise of the router's cast."""
     rows: int = 2
     """Times that rows go to the experts and back, backward once."""
     keys: int = 2
@@ -39,17 +42,17 @@ def count_passes(config: RunConfig) -> Passes:
     policy, chunk = config.trainer.activation_checkpointing, config.trainer.chunk_tokens
     if chunk is not None:
         launches = 4 / 3 * -(-sizes_of(config).T // chunk)
-        once = Passes(projections=4, experts=4, attention_ops=2, expert_ops=2, rows=3)
+        once = Passes(projections=4, experts=4, attention_ops=2, expert_ops=2, casts=2, rows=3)
         once = replace(once, launches=launches)
         if policy == "none":
             return once
         return replace(once, projections=5, lightning_tensors=15, attention_ops=3, states=3)
     if policy == "full":
-        return Passes(4, 4, 4.5, 15, 2, 2, rows=3, keys=3, states=3, launches=4 / 3)
+        return Passes(4, 4, 4.5, 15, 2, 2, casts=2, rows=3, keys=3, states=3, launches=4 / 3)
     if policy == "none":
         return Passes()
     # Of some eighteen launches of a block's forward pass, five are norms, activations and the gate.
-    selective = Passes(attention_ops=2, launches=1.1)
+    selective = Passes(attention_ops=2, casts=2, launches=1.1)
     if config.parallel.cp > 1:
         # The cores are no torch ops there that could be kept.
         return replace(selective, softmax_core=4.5, lightning_tensors=15, keys=3, states=3)

@@ -9,13 +9,15 @@ docs/planner.md holds them against measured steps.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fulmen.trainer.coca_memory import coca_moments
+from fulmen.trainer.coca_work import captioner_flops, captioner_moved, embeddings_sent
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.flops import count_passes_by_part, forward_flops, training_flops
+from fulmen.trainer.gathers import Key, count_gathers
 from fulmen.trainer.memory import (
     FP32,
     GIB,
@@ -26,12 +28,13 @@ from fulmen.trainer.memory import (
     frozen_of,
     host_bytes,
     list_units,
+    lowest_trained,
 )
 from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_sizes, batch_tokens
 from fulmen.trainer.sizes import Sizes, compute_bytes, sizes_of
 from fulmen.trainer.stages import Stage, fault_of, list_stages, run_tokens
-from fulmen.trainer.tower_memory import documents_in
+from fulmen.trainer.tower_memory import documents_in, last_products, tower_moved
 
 NODE = 8
 """GPUs joined by NVLink."""
@@ -150,12 +153,12 @@ def passes_by_part(config: RunConfig) -> dict[str, float]:
 def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, batch: int) -> Step:
     """Time of a step of `batch` tokens over all ranks."""
     count = micro_batches(config, gpus, batch)
-    units = list_units(config, gpus)
+    units, gathers = list_units(config, gpus), count_gathers(config, count)
     work = {kind: count * s for kind, s in _micro_batch_work(config, gpu, assume).items()}
     bandwidth = gpu.memory_gb_per_s * 1e9 * assume.memory_share
     work["optimiser"] = sum(40 * unit.trained_shard for unit in units) / bandwidth
-    work["casts"] = sum(_cast_bytes(unit, count) for unit in units) / bandwidth
-    exchanges = list(_exchanges(config, gpus, units, count))
+    work["casts"] = sum(_cast_bytes(unit, count, gathers) for unit in units) / bandwidth
+    exchanges = list(_exchanges(config, units, count, gathers))
     exchange_gb: dict[str, float] = {}
     exchange_s: dict[str, float] = {}
     for kind, size, members, stride in exchanges:
@@ -183,36 +186,37 @@ def predict_step(config: RunConfig, gpus: int, gpu: Gpu, assume: Assumptions, ba
 def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[str, float]:
     """Seconds of one rank by kind of work, forward, backward and what is computed again."""
     model, s = config.model, sizes_of(config)
+    peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
+    passes, trained = count_passes(config), passes_by_part(config)
+    bandwidth, matmul_rate = gpu.memory_gb_per_s * 1e9, peak * assume.matmul_share
+    if model.coca is not None:
+        parts = captioner_flops(config, trained).items()
+        moved = captioner_moved(config, trained) / (bandwidth * assume.memory_share)
+        work = {kind.replace("_", " "): operations / matmul_rate for kind, operations in parts}
+        return work | {"memory-bound ops": moved}
     flops = forward_flops(
         model,
         num_tokens=s.T,
         num_assignments=s.rows // s.etp * model.num_layers,
         **documents_in(model, s.T, config.data.seq_len),
     )
-    peak = gpu.tflops * 1e12 if s.e == 2 else gpu.fp32_tflops * 1e12
-    passes, trained = count_passes(config), passes_by_part(config)
-    # Of passes that frozen parts do without; ops bound by memory are counted whole.
+    # Of passes that frozen parts do without.
     less = {part: 3 - trained.get(part, 3) for part in flops}
-    if model.coca is not None:
-        again = config.trainer.activation_checkpointing == "full"
-        return {
-            kind.replace("_", " "): (3 + (again and kind != "head"))
-            * work
-            / (peak * assume.matmul_share)
-            for kind, work in flops.items()
-        }
+    # Layers below all that trains have no backward pass, and so no second one.
+    share = 1 - lowest_trained(config) / model.num_layers
     lightning = model.num_layers - model.num_softmax_layers
-    core_bytes = lightning * s.e * s.T * s.i * passes.lightning_tensors
-    bandwidth = gpu.memory_gb_per_s * 1e9
+    core_bytes = lightning * s.e * s.T * s.i * (4 + share * (passes.lightning_tensors - 4))
     projections = sum(
-        (passes.projections - less[part]) * flops[part]
+        (3 - less[part] + share * (passes.projections - 3)) * flops[part]
         for part in ("softmax_projections", "lightning_projections")
     )
-    matmul_rate = peak * assume.matmul_share
-    seeing = {}
+    seeing, moved = {}, _moved_bytes(config, s, passes, share)
     if model.vision is not None:
-        again = config.trainer.activation_checkpointing == "full"
-        tower = (3 + again - less["vision_tower"]) * flops["vision_tower"]
+        trains, tiles = less["vision_tower"] < 2, s.T / model.vision.tiling.patches_per_tile
+        moved += tower_moved(config, tiles, trains=trains)
+        tower = (3 - less["vision_tower"]) * flops["vision_tower"]
+        if trains and config.trainer.activation_checkpointing == "full":
+            tower += flops["vision_tower"] - last_products(model.vision, tiles)
         tower += (3 - less["projector"]) * flops["projector"]
         seeing = {"vision tower": tower / matmul_rate}
     return seeing | {
@@ -221,75 +225,85 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
         "head": (3 + (config.objective == "preference") - less["head"])
         * flops["head"]
         / matmul_rate,
-        "experts": (passes.experts - less["experts"])
+        "experts": (3 - less["experts"] + share * (passes.experts - 3))
         * flops["experts"]
         / (peak * assume.grouped_share),
-        "router": (passes.experts - less["router"])
+        "router": (3 - less["router"] + share * (passes.experts - 3))
         * flops["router"]
         / (gpu.fp32_tflops * 1e12 * assume.fp32_share),
         "softmax core": (passes.softmax_core - less["softmax_core"] * (passes.softmax_core - 1) / 2)
         * flops["softmax_core"]
         / (peak * assume.softmax_share),
         "lightning core": core_bytes / (bandwidth * assume.lightning_share),
-        "memory-bound ops": _moved_bytes(config, s, passes) / (bandwidth * assume.memory_share),
+        "memory-bound ops": moved / (bandwidth * assume.memory_share),
     }
 
 
-def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes) -> int:
-    """Of ops that are bound by memory: each input read once, each output written once.
+def _moved_bytes(config: RunConfig, s: Sizes, passes: Passes, share: float) -> float:
+    """Of ops that are bound by memory: each input read once, each output written once; a `share` of
+    the layers has a backward pass.
 
-    Forward and backward numbers a token: norm 2 h + 3 h, deepnorm 3 h + 5 h, residual sum 5 h + 3
-    h, router's cast 3 h + 4 h; SiLU 6 i + 9 i and gated norm 3 i + 5 i; RoPE 2 (i + v) each way;
-    permutation h + k h each way, weighted sum k h + h and h + 2 k h. A row: SwiGLU 3 f + 6 f, sum
-    of gradients 3 h.
+    Forward and backward numbers a token: norm 2 h + 3 h, deepnorm 3 h + 5 h, residual sum 5 h + 2
+    h, router's cast 3 h + 3 h; SiLU 6 i + 9 i and gated norm 3 i + 5 i; RoPE 2 (i + v) each way;
+    permutation h + k h each way, weighted sum k h + h and h + 2 k h. Sums of gradients, 3 h each:
+    of attention's input by products (softmax has one more) and residual, of the experts' by router
+    and residual. A row: SwiGLU 3 f + 6 f, sum of gradients 3 h.
     """
-    again = passes.attention_ops
+    again = 1 + share * (passes.attention_ops - 1)
     softmax = config.model.num_softmax_layers
     lightning = config.model.num_layers - softmax
     # Both norms belong to the attention half.
-    of_experts = s.T * (10 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
-    forward = again * s.T * 5 * s.h + passes.expert_ops * of_experts
-    backward = s.T * (17 + 3 * s.k) * s.h + 6 * s.rows * s.f // s.etp + 3 * s.rows * s.h
-    blocks = config.model.num_layers * (forward + backward)
-    blocks += lightning * s.T * s.i * (9 * again + 14)
-    blocks += softmax * s.T * 2 * (s.i + s.v) * (again + 1)
+    of_experts = s.T * (2 + 2 * s.k) * s.h + 3 * s.rows * s.f // s.etp
+    forward = (again * 5 + 5 + 3 * (1 + share * (passes.casts - 1))) * s.T * s.h
+    forward += (1 + share * (passes.expert_ops - 1)) * of_experts
+    backward = s.T * (27 + 3 * s.k) * s.h + 6 * s.rows * s.f // s.etp + 3 * s.rows * s.h
+    blocks = config.model.num_layers * (forward + share * backward)
+    blocks += lightning * s.T * s.i * (9 * again + share * 14)
+    blocks += softmax * s.T * (2 * (s.i + s.v) * (again + share) + 3 * s.h * share)
     return s.e * blocks
 
 
-def _cast_bytes(unit: Unit, count: int) -> int:
+def _cast_bytes(unit: Unit, count: int, gathers: Mapping[Key, int]) -> int:
     """Of gathering a unit's weights into copies and its gradients into fp32 buffers, in a step."""
-    gathers, reductions = _times(unit, count)
+    gathered, reductions = _times(unit, count, gathers)
     accumulated = 0 if unit.stage >= 2 else (count - 1) * unit.trained_whole
     accumulated *= unit.copy_bytes + 2 * FP32
     return (
-        gathers * (FP32 * unit.shard + 3 * unit.copy_bytes * unit.whole)
+        gathered * (FP32 * unit.shard + 3 * unit.copy_bytes * unit.whole)
         + reductions * (unit.copy_bytes + 2 * FP32) * unit.trained_whole
         + accumulated
     )
 
 
-def _times(unit: Unit, count: int) -> tuple[int, int]:
+def _times(unit: Unit, count: int, gathers: Mapping[Key, int]) -> tuple[int, int]:
     """How often a unit's weights are gathered and its gradients reduced in a step."""
-    return (2 * count if unit.stage == 3 else 1), (count if unit.stage >= 2 else 1)
+    gathered = gathers[unit.layer, unit.name] if unit.stage == 3 else 1
+    return gathered, (count if unit.stage >= 2 else 1)
 
 
 Exchange = tuple[str, float, int, int]
 """Kind, bytes that come to a rank in a step, ranks of the group, distance between neighbours."""
 
 
-def _exchanges(config: RunConfig, gpus: int, units: list[Unit], count: int) -> Iterator[Exchange]:
+def _exchanges(
+    config: RunConfig, units: list[Unit], count: int, gathers: Mapping[Key, int]
+) -> Iterator[Exchange]:
     s, model, parallel = sizes_of(config), config.model, config.parallel
     split = parallel.ep * parallel.etp
     for unit in units:
-        gathers, reductions = _times(unit, count)
+        gathered, reductions = _times(unit, count, gathers)
         others = unit.ranks - 1
         if unit.stage == 0:
             # An all-reduce: scatter and gather.
             size = 2 * FP32 * unit.trained_whole * others / unit.ranks
         else:  # padded: each rank sends as much as the one with most
-            size = gathers * unit.copy_bytes * unit.shard * others
+            size = gathered * unit.copy_bytes * unit.shard * others
             size += reductions * FP32 * unit.trained_shard * others
         yield "ZeRO", size, unit.ranks, split if unit.name == "experts" else 1
+    if model.coca is not None:
+        gpus = units[0].ranks
+        yield "embeddings", 2 * count * (gpus - 1) * embeddings_sent(config), gpus, 1
+        return
     passes = count_passes(config)
     lightning = model.num_layers - model.num_softmax_layers
     rows = s.rows // s.etp * s.h * s.e  # of one exchange

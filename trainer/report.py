@@ -101,7 +101,9 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     samples = summary.pop("samples", [])
     name = "/".join(run_dir.resolve().parts[-2:])
     config_path = run_dir / "config.yaml"
-    config = config_path.read_text(encoding="utf-8") if config_path.is_file() else None
+    config = None
+    if config_path.is_file():
+        config = config_path.read_text(encoding="utf-8", errors="replace")
     parts = [
         _table(head_facts(rows, summary)),
         "<h2>Curves</h2>",

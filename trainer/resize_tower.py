@@ -8,12 +8,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fulmen.models.vision import resize_positions
-from fulmen.trainer.manifest import verify
+from fulmen.trainer.manifest import load_run_config, verify
 from fulmen.trainer.weights import (
     CheckpointWeights,
     Piece,
     load_model_config,
-    load_run_config,
     save_weights,
 )
 

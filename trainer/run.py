@@ -33,7 +33,7 @@ from fulmen.trainer.memory import GIB, count_model
 from fulmen.trainer.planner import Assumptions, find_gpu, predict_memory, predict_step
 from fulmen.trainer.profile_memory import watch_memory
 from fulmen.trainer.report import write_report
-from fulmen.trainer.run_folder import agree_on_folder, update_summary
+from fulmen.trainer.run_folder import agree_on_folder, alone_in, update_summary
 from fulmen.trainer.run_log import log, start_logging
 from fulmen.trainer.stages import Stage, fault_of, list_stages
 from fulmen.trainer.start import find_start
@@ -53,6 +53,11 @@ def run(config: RunConfig, device: torch.device, recipe: str) -> Path:
     registry.configure(asdict(config.kernels))
     run_dir = agree_on_folder(config, recipe)
     check_run_folder(run_dir)
+    with alone_in(run_dir, config.parallel.timeout_s):
+        return _run_in(run_dir, config, device)
+
+
+def _run_in(run_dir: Path, config: RunConfig, device: torch.device) -> Path:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     start_logging(run_dir, rank)
     log.info("run folder %s, %d process(es) on %s", run_dir, world_size, device.type)

@@ -27,11 +27,12 @@ from omegaconf import OmegaConf
 
 from fulmen.models.config import ModelConfig
 from fulmen.trainer.flops import training_flops
-from fulmen.trainer.manifest import CONFIG_FILE
+from fulmen.trainer.manifest import CONFIG_FILE, load_run_config
 from fulmen.trainer.memory import count_model
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.run_folder import DONE
 from fulmen.trainer.scaling_joint import fit_joint
+from fulmen.trainer.weights import load_model_config
 
 Array = NDArray[np.float64]
 
@@ -127,13 +128,11 @@ def read_run(path: Path, metric: str) -> Run:
         if not (path / name).is_file():
             reason = "it has not come to its end" if name == DONE else "it is no run's folder"
             raise ValueError(f"{path}: no {name}: {reason}")
-    config = OmegaConf.load(path / CONFIG_FILE)
-    model = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.select(config, "model"))
-    )
-    assert isinstance(model, ModelConfig)
+    config, model = load_run_config(path), load_model_config(path)
     seq_len = OmegaConf.select(config, "data.seq_len")
     schedule = OmegaConf.select(config, "schedule")
+    if seq_len is None or schedule is None:
+        raise ValueError(f"{path / CONFIG_FILE} has no data.seq_len or no schedule: it is no run's")
     # A skipped step's loss is of a bad batch, and no point of the curve.
     rows = [row for row in read_metrics(path / "metrics.jsonl") if not row.get("skipped")]
     for row in rows:

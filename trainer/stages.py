@@ -226,7 +226,7 @@ def _merged(group: Any, changes: Mapping[str, Any], key: str) -> Any:
         try:
             merged = OmegaConf.merge(OmegaConf.structured(group), {name: changes[name]})
             group = OmegaConf.to_object(merged)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, ValueError) as error:
             raise ValueError(f"{key}.{name}: {str(error).splitlines()[0]}") from None
     return group
 

@@ -1,8 +1,9 @@
 """A run that is asked to stop: it finishes the step, saves, and ends normally.
 
 Who may ask: whoever makes a file `STOP` in the run's folder (a job script before its time limit, or
-a person by hand), and SIGTERM or SIGUSR1 to any of the processes. torchrun passes SIGTERM on and
-ends them by force some 30 s later, so what takes longer is asked for by the file.
+a person by hand), and SIGTERM, SIGUSR1 or Ctrl-C to any of the processes. torchrun passes signals
+on and ends them by force some 30 s later, so what takes longer is asked for by the file. Ctrl-C
+once more ends a process at once.
 
 All ranks have to stop at the same step, also where one of them has found that a checkpoint could
 not be written: one that stopped alone would leave the others in a collective. Before each step
@@ -13,6 +14,7 @@ waits for a GPU, and for another host only if that one is a whole step behind.
 import datetime
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +27,9 @@ from fulmen.trainer.run_log import log
 
 STOP = "STOP"
 """File in the run's folder; it stays there until somebody takes it away."""
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_ONCE_S = 2.0
+"""The terminal and torchrun both send SIGINT for one Ctrl-C; a later one is another."""
 
 
 class Stop:
@@ -43,6 +47,7 @@ class Stop:
         self._wishes = torch.zeros(2)
         self._pending: dist.Work | None = None
         self._signal = ""
+        self._interrupted_s: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def poll(self, *, failed: bool = False) -> None:
@@ -80,3 +85,8 @@ class Stop:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted_s is not None and now > self._interrupted_s + _ONCE_S:
+                raise KeyboardInterrupt
+            self._interrupted_s = self._interrupted_s or now

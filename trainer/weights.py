@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -44,19 +45,17 @@ from torch.futures import Future
 
 from fulmen.models.config import ModelConfig
 from fulmen.trainer.config import RunConfig
-from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, describe, write_manifest
+from fulmen.trainer.manifest import (
+    CONFIG_FILE,
+    CheckpointError,
+    describe,
+    load_run_config,
+    write_manifest,
+)
 
 PREFIX = "model."
 FILE_BYTES = 4 * 2**30
 """Aimed size of a file of `save_weights`; DCP holds a file's tensors until it is written."""
-
-
-def load_run_config(path: Path) -> Any:
-    """config.yaml of a checkpoint folder, as an OmegaConf tree."""
-    try:
-        return OmegaConf.load(path / CONFIG_FILE)
-    except OSError as error:
-        raise CheckpointError(f"{path / CONFIG_FILE} cannot be read: {error.strerror}") from None
 
 
 def load_model_config(path: Path) -> ModelConfig:
@@ -64,7 +63,11 @@ def load_model_config(path: Path) -> ModelConfig:
     group = load_run_config(path).get("model")
     if group is None:
         raise CheckpointError(f"{path / CONFIG_FILE} has no group `model`")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), group))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), group))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = f"{error}".partition("\n    full_key")[0]
+        raise CheckpointError(f"{path / CONFIG_FILE}: model: {reason}") from None
     assert isinstance(config, ModelConfig)
     return config
 
@@ -97,12 +100,15 @@ def check_same_model(path: Path, model: ModelConfig) -> None:
 
 def changed_keys(path: Path, config: RunConfig) -> list[str]:
     """Each key, with both values, in which a checkpoint's configuration differs from `config`."""
-    stored = _flatten(OmegaConf.to_container(load_run_config(path)))
+    # A checkpoint from before there was some key was trained with what is its default now.
+    default = _flatten(OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    stored = default | _flatten(OmegaConf.to_container(load_run_config(path)))
     current = _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
     return [
-        f"{key} was {stored[key]}, is {current.get(key)}"
-        for key in sorted(stored)
-        if stored[key] != current.get(key) and not key.startswith(("checkpoint.", "log.", "run_"))
+        f"{key} was {stored.get(key)}, is {current.get(key)}"
+        for key in sorted(stored | current)
+        if stored.get(key) != current.get(key)
+        and not key.startswith(("checkpoint.", "log.", "run_"))
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.crashing import crash_on_three
 from support.folders import write_folder
 from support.loaders import open_loader as open_small_loader
@@ -19,6 +20,7 @@ from support.pictures import encoded, picture, prepare, write_jsonl
 
 from fulmen.data.config import SourceConfig
 from fulmen.data.image_decoding import ImageDecoder, TileJob
+from fulmen.data.image_shards import StoredImage
 from fulmen.data.images import ImageLimits, image_tiles
 from fulmen.data.loader import PackedLoader, StepBatch, evaluation_batches
 from fulmen.data.micro_batches import check_vision
@@ -26,7 +28,8 @@ from fulmen.data.packing import PackedBatch
 from fulmen.data.shards import PreparedSplit, read_manifest
 from fulmen.data.tokenise import load_tokenizer
 from fulmen.data.workers import Workers
-from fulmen.models.image_layout import Tiling
+from fulmen.models.image_layout import Tiling, image_layout
+from fulmen.trainer.reading.questions import _read_image
 
 SEQ_LEN, MICRO, BATCH = 128, 256, 1024
 Sources = dict[str, SourceConfig]
@@ -371,3 +374,21 @@ def test_decoder_counts(folder: Path) -> None:
     assert len(tiles) == len(images)
     assert all(problem == "" and pixels.any() for pixels, problem in tiles)
     assert decoder.failures == 0
+
+
+def test_a_tiff_that_was_turned_twice_is_black(folder: Path, tmp_path: Path) -> None:
+    """As an earlier fulmen put it into its index: 40 x 24 pixels of what is 24 x 40."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "one.img"
+    path.write_bytes(encoded(picture(40, 24), "TIFF", exif=exif))
+    split = PreparedSplit(folder, "train", name="x", vocab_size=300)
+    assert split.images is not None
+    size = path.stat().st_size
+    for (width, height), right in (((24, 40), True), ((40, 24), False)):
+        layout = image_layout(width, height, split.images.tiling)
+        image = StoredImage(str(path), 0, size, 0, width, height, layout)
+        [(tiles, problem)] = ImageDecoder().tiles([TileJob(image, 0, 1)])
+        assert tiles.any() == right
+        assert problem == "" if right else "40 x 24 in its index: prepare the folder" in problem
+        assert (_read_image(image).getextrema() == ((0, 0),) * 3) != right

@@ -217,6 +217,22 @@ def test_changed_weights_count_from_the_resume(sources: Sources) -> None:
     assert shares(steps[5:]) == pytest.approx(0.5, abs=0.03)
 
 
+def test_a_source_that_is_new_at_a_resume(sources: Sources) -> None:
+    state = take(open_loader(sources), 20)[-1].state
+    sources["new"] = SourceConfig(sources["a"].path, 4.0)
+    steps = take(open_loader(sources, state=state), 40)
+    first, last = state["mixture"]["sources"], steps[-1].state["mixture"]["sources"]
+    # The others go on from where they were, and it begins: neither owes the other anything.
+    assert list(last) == ["a", "b", "new"]
+    assert first["b"]["buckets"]["short"] != last["b"]["buckets"]["short"]
+    drawn = {name: sum(row.values()) for name, row in steps[-1].state["account"].items()}
+    before = {name: sum(row.values()) for name, row in state["account"].items()}
+    assert drawn["new"] / (sum(drawn.values()) - sum(before.values())) == pytest.approx(
+        0.5, abs=0.04
+    )
+    assert drawn["a"] > before["a"]
+
+
 def test_longer_rows_after_a_resume(sources: Sources) -> None:
     state = take(open_loader(sources), 3)[-1].state
     steps = take(open_loader(sources, state=state, seq_len=64), 3)
@@ -268,8 +284,6 @@ def test_resume_with_another_seed_or_other_data(sources: Sources, make_folder: M
         open_loader(sources, seed=8, state=state)
     with pytest.raises(ValueError, match=r"data.sources.b is gone"):
         open_loader({"a": sources["a"]}, state=state)
-    with pytest.raises(ValueError, match=r"data.sources.c is new"):
-        open_loader(sources | {"c": sources["a"]}, state=state)
     other = make_folder("other", documents(60, 99))
     with pytest.raises(ValueError, match=r"data.sources.a: .*other holds other data"):
         open_loader(sources | {"a": SourceConfig(str(other))}, state=state)

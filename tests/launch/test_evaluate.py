@@ -1,5 +1,6 @@
 """Evaluation and generation from a run's checkpoint, on one process and on several."""
 
+import errno
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from support.worlds import free_port, rank_environment, run_processes, run_world
 from fulmen.launch.evaluate import EvaluateConfig, evaluate
 from fulmen.launch.generate import GenerateConfig, sample
 from fulmen.parallel.config import ParallelConfig
-from fulmen.trainer import load
+from fulmen.trainer import load, run_folder
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.run import run
 
@@ -150,7 +151,7 @@ def test_bad_keys_are_named(trained: Path) -> None:
     for changes, message in [
         ({"run": None}, "either run="),
         ({"run": str(trained / "no")}, "has no checkpoint"),
-        ({"tasks": ["haystack"]}, "tasks=haystack: choose from niah"),
+        ({"tasks": ["haystack"]}, "tasks=haystack: choose from niah.* position_loss, reading"),
         ({"tasks": []}, "tasks is empty"),
         ({"lengths": []}, "lengths is empty"),
         ({"dtype": "half"}, "dtype=half"),
@@ -181,6 +182,19 @@ def test_generation_reads_a_prompt_in_pieces(
     assert shown[0] == shown[1] == shown[2]
 
 
+def test_samples_of_a_run_that_cannot_be_written(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(run_folder, "update_summary", refuse)
+    sample(GenerateConfig(run=str(trained), prompts=["abc"], max_new_tokens=2))
+    said = capsys.readouterr().out
+    assert "abc" in said
+    assert f"not added to the report of run={trained}: " in said
+
+
 def test_what_generation_refuses(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +218,8 @@ def test_what_generation_refuses(
     refused("prompt '' has no tokens", prompts=["a", "", "b"])
     refused("is not UTF-8", prompt="\udcff bad")
     refused(f"{no_tokenizer} is not a tokenizer.json", tokenizer=str(no_tokenizer))
+    refused(f"{no_tokenizer} is not a tokenizer.json", tokenizer=str(tmp_path))  # its folder
+    refused("images: the model has no eyes", prompt="a", images=["none.png"])
     refused("is not a whole checkpoint", run=None, checkpoint=str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("in one process")

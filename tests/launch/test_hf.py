@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fulmen.data.shards import FORMAT_VERSION
 from fulmen.launch import export_hf, import_hf
 from fulmen.launch.export_hf import INDEX, ExportConfig, export, plan_shards
 from fulmen.launch.import_hf import ImportConfig, import_released
@@ -204,11 +205,19 @@ def test_the_runs_tokenizer_is_copied(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     (tmp_path / "prepared").mkdir()
     (tmp_path / "prepared" / "tokenizer.json").write_text("{}")
+    end = {"token": "<end>", "id": 3}
+    manifest = {"format_version": FORMAT_VERSION, "end_of_document": end}
+    (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(manifest))
     sources = {"books": {"path": str(tmp_path / "prepared"), "weight": 1.0}}
     data = {"seq_len": 64, "sources": sources}
     save_weights(checkpoint, whole_pieces(), {"model": asdict(MODEL), "data": data})
     run_export(checkpoint, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    # So that transformers, and what is built on it, knows where a text ends.
+    described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert described == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": 3}
 
 
 @pytest.mark.fast

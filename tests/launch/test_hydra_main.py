@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.tiny import compose_config
 
 from fulmen.launch import pretrain
-from fulmen.launch.hydra_main import run_hydra
+from fulmen.launch.hydra_main import open_mappings, run_hydra
 from fulmen.launch.report import ReportConfig
+from fulmen.trainer.config import GroupConfig, ZeroShotConfig
 
 pytestmark = pytest.mark.fast
 
@@ -63,3 +65,32 @@ def test_a_rank_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def raise_lost() -> None:
     raise ConnectionResetError(104, "lost")
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_many_runs_of_one_command_are_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain", flag, "optim.lr=1e-3,2e-3"])
+    with pytest.raises(SystemExit, match=r"^error: --multirun .* run_id of its own"):
+        pretrain.main()
+
+
+def test_a_recipe_without_its_first_line_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("seed: 3\n")
+    monkeypatch.setattr(
+        sys, "argv", ["pretrain", "recipe=mine", f"hydra.searchpath=[file://{tmp_path}]"]
+    )
+    with pytest.raises(SystemExit, match=r"^error: unknown key recipe: .*# @package _global_"):
+        pretrain.main()
+
+
+def test_groups_of_ones_own_on_the_command_line() -> None:
+    words = ["optim.groups.head.match=lm_head", "optim.groups.head.lr_factor=0.5"]
+    words += ["evaluation.zero_shot.mine.path=there"]
+    config = compose_config([open_mappings(word) for word in words])
+    assert config.optim.groups == {"head": GroupConfig("lm_head", lr_factor=0.5)}
+    assert config.evaluation.zero_shot == {"mine": ZeroShotConfig("there")}
+    with pytest.raises(ValueError, match=r"groups\.head=.*macth.* its keys are match, lr_factor"):
+        compose_config([open_mappings("optim.groups.head.macth=lm_head")])

@@ -85,3 +85,24 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, address: int, nbytes: int) -> None:
         self._alive.discard(address)
         self.now -= nbytes
+
+
+class MovedBytes(TorchDispatchMode):
+    """What ops of these names read and write, each input and each output once.
+
+    Without what has more than so many dims, as attention has inside where it is no op of its own.
+    """
+
+    def __init__(self, names: set[str], *, most_dims: int = 4) -> None:
+        super().__init__()
+        self.total = 0
+        self._names, self._most_dims = names, most_dims
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        output = op(*args, **(kwargs or {}))
+        if op._schema.name.removeprefix("aten::") in self._names:
+            tensors = [x for x in tree_iter((args, output)) if isinstance(x, Tensor)]
+            self.total += sum(x.nbytes for x in tensors if x.dim() <= self._most_dims)
+        return output

@@ -17,13 +17,14 @@ from support.worlds import run_world
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fulmen.data.config import SourceConfig
 from fulmen.parallel.config import ParallelConfig
 from fulmen.parallel.mesh import build_mesh
 from fulmen.trainer.checkpoint import Checkpointer
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.loop import Trainer
 from fulmen.trainer.manifest import CheckpointError
-from fulmen.trainer.weights import CheckpointWeights, Piece, save_weights
+from fulmen.trainer.weights import CheckpointWeights, Piece, changed_keys, save_weights
 
 WORLD_OF_ONE = torch.device("cpu")
 
@@ -500,3 +501,22 @@ def test_a_checkpoint_loads_on_any_mesh(tiny_data: Path, tmp_path: Path) -> None
             full = first["model.lm_head.weight"].numel()
             assert (held["lm_head.weight"] == full) == (stages[0] == 0), f"rank {rank} of {size}"
     assert len(digests) == 1
+
+
+@pytest.mark.fast
+def test_keys_that_came_changed_and_went_are_named(tmp_path: Path) -> None:
+    before, now = tiny_config("there"), tiny_config("there")
+    stored = OmegaConf.to_container(OmegaConf.structured(before))
+    assert isinstance(stored, dict)
+    del stored["health"]  # of a version that had none
+    stored["optim"]["old"] = 1
+    OmegaConf.save(OmegaConf.create(stored), tmp_path / "config.yaml")
+    assert changed_keys(tmp_path, before) == ["optim.old was 1, is None"]
+    now.health.max_skips = 7
+    now.data.sources["more"] = SourceConfig("elsewhere")
+    assert changed_keys(tmp_path, now) == [
+        "data.sources.more.path was None, is elsewhere",
+        "data.sources.more.weight was None, is 1.0",
+        "health.max_skips was 5, is 7",
+        "optim.old was 1, is None",
+    ]

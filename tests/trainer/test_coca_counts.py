@@ -29,7 +29,7 @@ from support.captioned import VIT_DATA, pairs, tiny_coca
 from support.kept import KeptBytes
 from support.tiny import compose_config
 
-from fulmen.models.coca import CaptionBlock
+from fulmen.models.coca import CaptionBlock, CoCa
 from fulmen.models.config import MoEConfig
 from fulmen.models.init import init_model
 from fulmen.models.vl import build_model
@@ -131,12 +131,15 @@ def test_the_planner_counts_pairs() -> None:
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("ranks", [1, 9])
 def test_a_forward_pass_keeps_what_is_predicted(
-    policy: str, monkeypatch: pytest.MonkeyPatch
+    policy: str, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(tiny_coca(), hidden_size=48, num_attention_heads=3)
     model = build_model(config, MoEConfig())
     init_model(model, config, 0)
+    assert isinstance(model, CoCa)
+    monkeypatch.setattr(model.contrast, "gather", lambda rows: (rows.repeat(ranks, 1), 0))
     kept = KeptBytes(model, monkeypatch, lambda x: x.is_floating_point())
     blocks: list[Any] = [*model.vision_tower.layers, *model.layers]
     assert sum(isinstance(block, CaptionBlock) for block in blocks) == 3
@@ -144,7 +147,7 @@ def test_a_forward_pass_keeps_what_is_predicted(
         [], blocks, policy, chunk_tokens=None, offload=False, over_ranks=False,
         device=torch.device("cpu"),
     )  # fmt: skip
-    number, tokens = 40, 20
+    number, room, tokens = 40, 45, 20
     pixels, captions = pairs(number)
     captions = replace(
         captions,
@@ -153,10 +156,10 @@ def test_a_forward_pass_keeps_what_is_predicted(
         lengths=torch.full((number,), tokens),
     )
     with kept.watch():
-        output = model(pixels, captions)
+        output: Any = model(pixels, captions, room=room)
     assert output.caption_loss_sum.requires_grad
     assert config.vision is not None
-    rest = ends(config, number, tokens, number, 4)
+    rest = ends(config, number, tokens, room * ranks, 4)
     predicted = tile_activations(config.vision, number, 4, policy) + sum(rest.values())
     for sees in (False, True, True):
         with_class = tokens + (not sees)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support import HANG_S
@@ -16,6 +18,7 @@ from support.worlds import run_processes, run_world
 
 from fulmen.parallel.mesh import build_mesh
 from fulmen.parallel.rendezvous import join_world
+from fulmen.parallel.zero import ZeroEngine
 from fulmen.trainer import disk, metrics
 from fulmen.trainer.checkpoint import Checkpointer, SaveError
 from fulmen.trainer.config import GroupConfig, RunConfig, StageConfig
@@ -141,10 +144,17 @@ def test_the_size_of_a_checkpoint_is_foreseen(
     assert size < written < 1.4 * size  # of small tensors, headers are large
 
     config.checkpoint.every_steps, config.checkpoint.keep = 2, 3
+    config.health.enabled = False
     monkeypatch.setattr(disk, "space", lambda folder: (4 * size - written, 10 * size))
     check_disk(config, folder)
     monkeypatch.setattr(disk, "space", lambda folder: (4 * size - written - 1, 10 * size))
-    with pytest.raises(ValueError, match=r"4 checkpoints of .* do not fit into .*checkpoint\.keep"):
+    with pytest.raises(ValueError, match=r"4 checkpoints of .* do not fit into .*"):
+        check_disk(config, folder)
+    # What a killed save left is room too, but not what was set aside.
+    shutil.copytree(folder / "step_1", folder / ".step_3.writing")
+    check_disk(config, folder)
+    (folder / ".step_3.writing").rename(folder / "step_1.replaced-0")
+    with pytest.raises(ValueError, match=r"4 checkpoints"):
         check_disk(config, folder)
     config.checkpoint.every_steps = None
     check_disk(config, folder)
@@ -158,6 +168,53 @@ def test_the_size_of_a_checkpoint_is_foreseen(
     monkeypatch.setattr(disk, "space", lambda folder: (size - written - 1, 10 * size))
     with pytest.raises(ValueError, match="1 checkpoints of"):
         check_disk(config, folder)
+
+
+class MostOnDisk:
+    """The most checkpoints, whole or in the making, that lay in a folder while one was written."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.number = folder, 0
+        write = dcp.FileSystemWriter.write_data
+
+        def write_data(*args: Any) -> Any:
+            self.number = max(self.number, len(list(self.folder.glob("*step_*"))))
+            return write(*args)
+
+        monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write_data)
+
+
+@pytest.mark.parametrize(
+    ("every", "window", "bad_step", "most"),
+    [(1, 3, 3, 4), (2, 3, 4, 4), (3, 3, 6, 3), (1, 3, 0, 3)],
+)
+def test_the_most_checkpoints_at_once_are_those_counted(
+    every: int, window: int, bad_step: int, most: int,
+    one_rank: Any, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of two that are kept: with a new one, and with one from before a bad step."""
+    config = tiny_config(tiny_data, max_steps=12)
+    config.checkpoint.every_steps, config.checkpoint.keep = every, 2
+    config.health.window, config.health.max_skips = window, 2
+    config.health.enabled = bool(bad_step)
+    size = checkpoint_bytes(config)
+    monkeypatch.setattr(disk, "space", lambda folder: (most * size, 10 * size))
+    check_disk(config, tmp_path / "checkpoints")
+    monkeypatch.setattr(disk, "space", lambda folder: (most * size - 1, 10 * size))
+    with pytest.raises(ValueError, match=f"{most} checkpoints"):
+        check_disk(config, tmp_path / "checkpoints")
+    clip = ZeroEngine.clip_grad_norm
+    trainer = Trainer(config, build_mesh(config.parallel, one_rank), tmp_path)
+
+    def clip_grad_norm(self: ZeroEngine, *args: Any) -> Any:
+        norm = clip(self, *args)
+        return norm.fill_(torch.nan) if trainer.step + 1 == bad_step else norm
+
+    monkeypatch.setattr(ZeroEngine, "clip_grad_norm", clip_grad_norm)
+    seen = MostOnDisk(tmp_path / "checkpoints", monkeypatch)
+    trainer.fit()
+    trainer.close()
+    assert seen.number == most
 
 
 # ---- metrics.jsonl ----

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.meta import forward, meta_model, use_kernels_of_a_gpu
+from support.meta import MovedBytes, forward, meta_model, use_kernels_of_a_gpu
 from support.tiny import (
     ROOT,
     compose_config,
@@ -23,7 +23,7 @@ from fulmen.models.config import ModelConfig
 from fulmen.parallel import checkpointing
 from fulmen.parallel.config import ParallelConfig
 from fulmen.trainer import run
-from fulmen.trainer.config import OptimConfig, RunConfig
+from fulmen.trainer.config import GroupConfig, OptimConfig, RunConfig
 from fulmen.trainer.flops import device_peak
 from fulmen.trainer.head_memory import head_scratch
 from fulmen.trainer.memory import (
@@ -49,6 +49,7 @@ from fulmen.trainer.planner import (
     step_flops,
 )
 from fulmen.trainer.planner_search import changed, search, suggest
+from fulmen.trainer.sizes import sizes_of
 from fulmen.trainer.stages import list_stages
 
 H800 = GPUS["h800"]
@@ -325,6 +326,48 @@ def test_full_checkpointing_computes_blocks_again() -> None:
     assert full["head"] == once["head"]
     assert step_flops(config, 1) == step_flops(none, 1)
     assert sum(find_peak(config, 2048, 1).values()) < sum(find_peak(none, 2048, 1).values())
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_a_step_moves_what_is_predicted(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops bound by memory, but for what the experts do inside of their op."""
+    use_kernels_of_a_gpu(monkeypatch)
+    config = text01_1b(16384)
+    config.trainer.activation_checkpointing = policy
+    names = {"norm", "gated_norm", "silu_qkv", "unpermute"}
+    names = {f"fulmen::{name}{end}" for name in names for end in ("", "_backward")}
+    names |= {"fulmen::rope", "fulmen::permute", "add", "mul", "_to_copy"}
+    model = meta_model(config)
+    with MovedBytes(names) as moved:
+        output = forward(model, 16384)
+        (output.loss_sum + output.aux_loss).backward()
+    step = predict_step(config, 1, GPUS["h100"], Assumptions(memory_share=1), 16384)
+    predicted = step.work_s["memory-bound ops"] * GPUS["h100"].memory_gb_per_s * 1e9
+    s = sizes_of(config)
+    inside = 3 * s.f * (1 + (policy == "full")) + 6 * s.f + 3 * s.h
+    # The last norm is beside the layers.
+    predicted += s.e * s.T * 5 * s.h - config.model.num_layers * s.e * s.rows * inside
+    assert moved.total == pytest.approx(predicted, rel=0.03)
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_frozen_layers_below_all_that_trains_run_forward_once(policy: str) -> None:
+    """Eight layers alike, the first four frozen: half of the work, and half of a forward pass."""
+
+    def work(frozen: str) -> dict[str, float]:
+        config = text01_1b(16384)
+        config.model.softmax_every = 0
+        config.trainer.activation_checkpointing = policy
+        config.optim.groups = {"low": GroupConfig(frozen, frozen=True)} if frozen else {}
+        return predict_step(config, 1, GPUS["h100"], Assumptions(), 16384).work_s
+
+    whole, half, head = work(""), work(r"embed_tokens|layers\.[0-3]\."), work("(?!lm_head)")
+    for kind in ("projections", "experts", "router", "lightning core", "memory-bound ops"):
+        # With nothing but the head there is a forward pass alone.
+        assert half[kind] == pytest.approx((whole[kind] + head[kind]) / 2), kind
+    again = policy == "full"
+    assert whole["projections"] == pytest.approx((3 + again) * head["projections"])
+    assert whole["lightning core"] == pytest.approx((11 + 4 * again) / 4 * head["lightning core"])
 
 
 def test_what_to_change_fits() -> None:

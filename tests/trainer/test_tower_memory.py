@@ -4,17 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from support.captioned import VIT_DATA
 from support.kept import KeptBytes
-from support.tiny import tiny_config, tiny_model
+from support.tiny import compose_config, tiny_config, tiny_model
 
 from fulmen.models.config import MoEConfig, VisionConfig
 from fulmen.models.image_layout import Tiling, image_layout, place_images
 from fulmen.models.init import init_model
-from fulmen.models.vl import Images, build_model
+from fulmen.models.vl import Images, VisionLanguageModel, build_model
 from fulmen.parallel import checkpointing
 from fulmen.parallel.config import ParallelConfig
+from fulmen.trainer.coca_memory import coca_moments
 from fulmen.trainer.config import GroupConfig
-from fulmen.trainer.memory import count_model, find_peak, list_units, moments
+from fulmen.trainer.memory import count_model, find_peak, host_bytes, list_units, moments
 from fulmen.trainer.planner import GPUS, Assumptions, predict_step, step_flops
 from fulmen.trainer.tower_memory import tower_activations
 
@@ -37,11 +39,18 @@ def vl_model() -> Any:
     return config
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_the_tower_keeps_what_is_predicted(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("policy", "trains"), [("none", True), ("selective", True), ("full", True), ("none", False)]
+)
+def test_the_tower_keeps_what_is_predicted(
+    policy: str, trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tower that is frozen, as in stage I, only the projector keeps anything."""
     config = vl_model()
     model = build_model(config, MoEConfig())
+    assert isinstance(model, VisionLanguageModel)
     init_model(model, config, 0)
+    model.vision_tower.requires_grad_(trains)
     kept = KeptBytes(model, monkeypatch)
     checkpointing.checkpoint_activations(
         [],
@@ -65,8 +74,10 @@ def test_the_tower_keeps_what_is_predicted(policy: str, monkeypatch: pytest.Monk
         embedded = model.embed(torch.zeros(1, tokens, dtype=torch.int64), images)
     assert embedded.requires_grad
     # With pixels, which inputs hold, and without ids, which are counted with the text model.
-    measured = kept.total + 5 * 3 * 32 * 32 * 4 - 8 * tokens
-    assert measured == pytest.approx(tower_activations(config, tokens, 4, policy), rel=0.002)
+    # Of a frozen tower's patches it is not kept which one each token shows.
+    pixels = 5 * 3 * 32 * 32 * 4 if trains else 8 * tokens
+    predicted = tower_activations(config, tokens, 4, policy, trains=trains)
+    assert kept.total + pixels - 8 * tokens == pytest.approx(predicted, rel=0.002)
 
 
 def test_memory_and_work_of_a_model_that_sees() -> None:
@@ -127,3 +138,37 @@ def test_frozen_parts_have_no_gradients_and_no_moments() -> None:
     assert (trained(), state()) == (eyes, 8 * eyes)
     groups["language"].frozen, groups["eyes"].frozen = False, True
     assert (trained(), state()) == (total - eyes, 8 * (total - eyes))
+
+
+def test_inputs_of_the_tower_lie_on_the_host_too() -> None:
+    """Three blocks of 65 tokens a tile, a tile for 64 tokens, 64 numbers each."""
+    config = tiny_config("none")
+    config.trainer.micro_batch_tokens = 640
+    config.trainer.activation_checkpointing = "full"
+    config.trainer.offload_checkpoints = True
+    text = host_bytes(config)
+    config.model = vl_model()
+    assert host_bytes(config) - text == 3 * 4 * 10 * 65 * 64
+    config.parallel.ep = 2
+    assert host_bytes(config) - text == 3 * 4 * 10 * 65 * 64
+    config.parallel.ep = 1
+    there = next(moments(config, 1, 1))["activations"]
+    config.trainer.offload_checkpoints = False
+    here = next(moments(config, 1, 1))["activations"]
+    # Two of the tower's three inputs are on the GPU at a time, and one of the text's three.
+    assert here - there == 4 * (10 * 65 * 64 + 2 * 640 * 32)
+    config.optim.groups = {"tower": GroupConfig("vision_tower", frozen=True)}
+    config.trainer.offload_checkpoints = True
+    assert host_bytes(config) == text
+
+
+def test_inputs_of_a_captioner_lie_on_the_host() -> None:
+    config = compose_config(["recipe=vl01_vit", *VIT_DATA])
+    config.trainer.activation_checkpointing = "full"
+    here = next(coca_moments(config, 8, 1))
+    config.trainer.offload_checkpoints = True
+    pairs = -(-config.trainer.micro_batch_tokens // (256 + 38))
+    text = (12 * 77 + 12 * 76) * 768
+    assert host_bytes(config) == 2 * pairs * (24 * 257 * 1024 + text)
+    there = next(coca_moments(config, 8, 1))
+    assert here["activations"] - there["activations"] == host_bytes(config) - 4 * pairs * 257 * 1024

@@ -65,8 +65,7 @@ class PromptMaker:
 
         ValueError where their numbers differ, or an image is too long for any grid.
         """
-        if images and self.tiling is None:
-            raise ValueError("images: the model has no eyes (model.vision): give text alone")
+        assert not images or self.tiling is not None
         try:
             turns = parse_prompt(text, len(images), chat=chat)
             layouts = [layout_of(image.size, self.tiling or RELEASED) for image in images]

@@ -4,23 +4,21 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+from fulmen.data.image_decoding import read_image
 from fulmen.data.image_encoding import HEADERS
 from fulmen.data.image_shards import CHOSEN, IMAGES, StoredImage
-from fulmen.data.images import ImageError, ImageLimits, decode_image
+from fulmen.data.images import ImageError
 from fulmen.data.shards import PreparedSplit
 from fulmen.trainer.prompt_images import Picture
 from fulmen.trainer.reading.prompts import Prompt
 
 EXTRA_TOKENS = 8
 """That an answer may have more than the stored one."""
-# What prepare_images let pass is good.
-_LIMITS = ImageLimits(max_pixels=2**62, max_aspect_ratio=float("inf"))
 log = logging.getLogger("fulmen")
 
 
@@ -134,9 +132,7 @@ def _read_prompt(ids: list[int], images: Sequence[StoredImage]) -> Prompt:
 def _read_image(image: StoredImage) -> Image.Image:
     """Black where it cannot be read any more, as in training."""
     try:
-        with Path(image.path).open("rb") as file:
-            file.seek(image.offset)
-            return decode_image(file.read(image.num_bytes), _LIMITS)
+        return read_image(image)
     except (OSError, ImageError) as error:
         log.warning("image at byte %d of %s: %s; it is black", image.offset, image.path, error)
         return Image.new("RGB", (image.width, image.height))
