@@ -7,9 +7,10 @@ set -uo pipefail
 out=${OUT:-gpu_results}
 mkdir -p "$out" /tmp/rooms/fulmen
 rm -f "$out/FAILED"
-if ls .whl/*.whl >/dev/null 2>&1; then
+if [ -z "${WHEELS_ARE_IN:-}" ] && ls .whl/*.whl >/dev/null 2>&1; then
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl
 fi
+export WHEELS_ARE_IN=1 # for sessions within this one
 for room in launch recipes trainer parallel models data kernels; do
     ln -sfn "$PWD/$room" "/tmp/rooms/fulmen/$room"
 done
