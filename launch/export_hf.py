@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fulmen.data.chat_template import chat_template
 from fulmen.data.shards import MANIFEST, read_manifest
 from fulmen.launch.hydra_main import run_hydra
 from fulmen.models.config import ModelConfig
@@ -158,19 +159,33 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _copy_tokenizer(folder: Path, run: Any, console: Console) -> None:
-    """Take tokenizer.json and the end of a document from a data source; all share one."""
+    """Take tokenizer.json, and where a text ends, from the data sources; all share one."""
     sources = OmegaConf.select(run, "data.sources") or {}
-    for source in sources.values():
-        tokenizer = Path(source.path) / "tokenizer.json"
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
-            if (tokenizer.parent / MANIFEST).is_file():
-                end = read_manifest(tokenizer.parent)["end_of_document"]
-                kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end["token"]}
-                _write_json(folder / "tokenizer_config.json", kind)
-                _write_json(folder / "generation_config.json", {"eos_token_id": end["id"]})
-            return
-    console.print("no tokenizer.json in the run's data folders: none was copied")
+    paths = [Path(source.path) for source in sources.values()]
+    tokenizers = [file for path in paths if (file := path / "tokenizer.json").is_file()]
+    if not tokenizers:
+        console.print("no tokenizer.json in the run's data folders: none was copied")
+        return
+    shutil.copyfile(tokenizers[0], folder / "tokenizer.json")
+    manifests = [read_manifest(path) for path in paths if (path / MANIFEST).is_file()]
+    # A conversation is over at the end of a turn, which only sources with turns know.
+    manifests.sort(key=lambda manifest: "special_ids" not in manifest)
+    if manifests:
+        described, ends = _describe_tokenizer(manifests[0])
+        _write_json(folder / "tokenizer_config.json", described)
+        _write_json(folder / "generation_config.json", {"eos_token_id": ends})
+
+
+def _describe_tokenizer(manifest: dict[str, Any]) -> tuple[dict[str, str], int | list[int]]:
+    """tokenizer_config.json and the tokens that end an answer, by a prepared folder's manifest."""
+    end = manifest["end_of_document"]
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end["token"]}
+    if "special_ids" not in manifest:
+        return described, end["id"]
+    names = manifest["settings"]
+    template = chat_template(names["begin_turn"], names["end_turn"], names["image_token"])
+    described |= {"eos_token": names["end_turn"], "chat_template": template}
+    return described, [manifest["special_ids"]["end_turn"], end["id"]]
 
 
 def progress_bar(console: Console) -> Progress:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from fulmen.trainer.curves import COLORS, Rows, draw_line, figure, series
-from fulmen.trainer.manifest import CONFIG_FILE, load_run_config
+from fulmen.trainer.manifest import CONFIG_FILE, load_run_config, values_by_key
 from fulmen.trainer.metrics import EVAL_PREFIX
 from fulmen.trainer.report import find_panels, head_facts, read_rows, read_summary, write_page
 
@@ -80,17 +80,8 @@ def _read_config(run_dir: Path) -> dict[str, str]:
     """A run's config.yaml as values by dotted key; empty where there is none."""
     if not (run_dir / CONFIG_FILE).is_file():
         return {}
-    flat: dict[str, str] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, dict) and value:
-            for name, part in value.items():
-                walk(part, f"{key}.{name}" if key else str(name))
-        else:
-            flat[key] = str(value)
-
-    walk(OmegaConf.to_container(load_run_config(run_dir)), "")
-    return flat
+    values = values_by_key(OmegaConf.to_container(load_run_config(run_dir)))
+    return {key: str(value) for key, value in values.items()}
 
 
 def _table(names: Sequence[str], columns: dict[str, dict[str, str]]) -> str:

@@ -25,6 +25,8 @@ from fulmen.trainer.reading.config import ReadingConfig, check_reading
 Schema = TypeVar("Schema")
 OBJECTIVES = ("language_modelling", "preference", "coca")
 """Values of `objective`; trainer/objective.py."""
+LONGEST_S = 1e9
+"""What torch counts in nanoseconds overflows ten times later."""
 
 
 def _entries(key: str, given: Mapping[str, Any], kind: type[Schema]) -> dict[str, Schema]:
@@ -466,6 +468,8 @@ def _check_ranges(config: RunConfig) -> None:
         if value is not None and value <= 0:
             off = ", or null" if key.startswith(optional) else ""
             raise ValueError(f"{key}={value}: must be above 0{off}")
+        if value is not None and key.endswith("timeout_s") and value > LONGEST_S:
+            raise ValueError(f"{key}={value}: must be at most {LONGEST_S:.0e} seconds")
     not_negative = {
         "seed": config.seed,
         "schedule.warmup_steps": config.schedule.warmup_steps,

@@ -37,6 +37,16 @@ def load_run_config(path: Path) -> Any:
     return tree
 
 
+def values_by_key(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration's values by dotted key; lists are values, empty groups have none."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    values: dict[str, Any] = {}
+    for key, part in tree.items():
+        values |= values_by_key(part, f"{prefix}.{key}" if prefix else str(key))
+    return values
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:

@@ -50,6 +50,7 @@ from fulmen.trainer.manifest import (
     CheckpointError,
     describe,
     load_run_config,
+    values_by_key,
     write_manifest,
 )
 
@@ -101,24 +102,15 @@ def check_same_model(path: Path, model: ModelConfig) -> None:
 def changed_keys(path: Path, config: RunConfig) -> list[str]:
     """Each key, with both values, in which a checkpoint's configuration differs from `config`."""
     # A checkpoint from before there was some key was trained with what is its default now.
-    default = _flatten(OmegaConf.to_container(OmegaConf.structured(RunConfig)))
-    stored = default | _flatten(OmegaConf.to_container(load_run_config(path)))
-    current = _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
+    default = values_by_key(OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    stored = default | values_by_key(OmegaConf.to_container(load_run_config(path)))
+    current = values_by_key(OmegaConf.to_container(OmegaConf.structured(config)))
     return [
         f"{key} was {stored.get(key)}, is {current.get(key)}"
         for key in sorted(stored | current)
         if stored.get(key) != current.get(key)
         and not key.startswith(("checkpoint.", "log.", "run_"))
     ]
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return leaves
 
 
 class CheckpointWeights:

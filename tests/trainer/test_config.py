@@ -126,6 +126,10 @@ MISTAKES = [
     (ramp((100, 256), (100, 512)), r"schedule\.batch_ramp: .* rise from step to step"),
     (put("checkpoint.keep", 0), r"checkpoint\.keep=0: must be above 0$"),
     (put("parallel.timeout_s", 0.0), r"parallel\.timeout_s=0\.0: must be above 0$"),
+    (
+        put("checkpoint.timeout_s", 1e10),
+        r"checkpoint\.timeout_s=1.*: must be at most 1e\+09 seconds",
+    ),
     (put("optim.grad_clip", 0.0), r"optim\.grad_clip=0\.0: must be above 0, or null"),
     (put("optim.lr", -1.0), r"optim\.lr=-1\.0: must be above 0"),
     (put("optim.beta2", 1.0), r"optim\.beta2=1\.0: must be at least 0 and below 1"),
