@@ -1,7 +1,11 @@
 """Fixtures of all rooms. Tests run with one thread a process, so that sums have one order."""
 
 import os
+import sys
 
+# Hundreds of processes import fulmen; without its bytecode each compiles it anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Everything but the tests marked `gpu` is about the CPU, also on a machine with GPUs.

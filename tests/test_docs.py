@@ -51,8 +51,8 @@ TINY = [
 # The same for recipes of pictures, whose own sizes are small enough.
 TINY_SEEING = ["trainer.max_steps=2", "evaluation.max_tokens=512"]
 
-# Stand for python and torchrun: processes forked from one that has imported torch, two at most, and
-# every training run becomes tiny. What make runs is the environment's own.
+# Stand for python and torchrun, also for make: processes forked from one that has imported torch,
+# two at most, and every training run becomes tiny.
 PYTHON = """#!/bin/sh
 exec {warm} "$@"
 """
@@ -87,12 +87,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ["Makefile", "setup.py", "constraints.txt"]:
         shutil.copy2(ROOT / name, folder)
     # The environment that runs the tests, with a stamp that keeps make from setting it up anew.
-    (folder / ".venv").mkdir()
-    for entry in Path(sys.prefix).iterdir():
-        if entry.name != ".fulmen-setup":
-            (folder / ".venv" / entry.name).symlink_to(entry)
+    (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / ".fulmen-setup").touch()
-    (folder / "bin").mkdir()
+    (folder / "bin").symlink_to(folder / ".venv" / "bin")
     (folder / "shrink.py").write_text(SHRINK.format(tiny=TINY, seeing=TINY_SEEING))
     for name, text in (("python", PYTHON), ("torchrun", TORCHRUN)):
         program = folder / "bin" / name

@@ -3,11 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import HANG_S
+from support import HANG_S, warm
 from support.tiny import ROOT
 
 pytestmark = pytest.mark.slow
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.slow
 def run_script(name: str, *arguments: str) -> list[dict]:
     """The JSON lines that a benchmark prints."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / name), *arguments],
+        [*warm.shared_python(), str(ROOT / "benchmarks" / name), *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import HANG_S
+from support import HANG_S, warm
 from support.processes import SCRIPT, finish, kill_at, start
 from support.tiny import ROOT, as_overrides, compose_config, read_checkpoint, tiny_config
 from support.worlds import run_world
@@ -173,9 +173,9 @@ def fail(*arguments: str, command: Sequence[str] = (sys.executable,)) -> str:
     return result.stderr
 
 
-def error_of(*arguments: str) -> str:
+def error_of(*arguments: str, command: Sequence[str] = (sys.executable,)) -> str:
     """The one message of a run that cannot work, what is logged before it left out."""
-    said = fail(*arguments)
+    said = fail(*arguments, command=command)
     assert "Traceback" not in said
     lines = [line for line in said.strip().splitlines() if " INFO " not in line]
     assert lines[0].startswith("error: "), said
@@ -184,7 +184,7 @@ def error_of(*arguments: str) -> str:
 
 
 def test_a_misspelt_key_under_torchrun() -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    torchrun = [*warm.shared_python(), "-m", "torch.distributed.run", "--nproc-per-node", "1"]
     said = fail("recipe=text01_tiny", "model.hidden_sise=64", command=torchrun)
     assert "unknown key model.hidden_sise; did you mean model.hidden_size" in said
 
@@ -228,13 +228,13 @@ def test_a_missing_data_folder(valid: list[str], tmp_path: Path) -> None:
 def test_a_missing_tokenizer(valid: list[str], tiny_data: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_data, tmp_path / "data")
     (folder / "tokenizer.json").unlink()
-    said = error_of(*valid, f"data.sources.text.path={folder}")
+    said = error_of(*valid, f"data.sources.text.path={folder}", command=warm.shared_python())
     assert f"data.sources.text: {folder}/tokenizer.json is missing" in said
 
 
 def test_an_unwritable_run_folder(valid: list[str], tmp_path: Path) -> None:
     # Nobody can write below a file, not even root.
     (tmp_path / "file").touch()
-    said = error_of(*valid, f"run_root={tmp_path}/file")
+    said = error_of(*valid, f"run_root={tmp_path}/file", command=warm.shared_python())
     assert f"run folder {tmp_path}/file/text01_tiny/fails cannot be written" in said
     assert "run_root" in said
