@@ -101,12 +101,20 @@ def assert_same_curves(got: list[dict], want: list[dict], where: object) -> None
         assert curves(got)[key] == pytest.approx(values, rel=1e-5), f"{where}: {key}"
 
 
+def train_alone(data: Path, folder: Path, steps: int) -> list[dict]:
+    rows = run_world(train, 1, [config_of(data, ParallelConfig(), steps=steps)], folder)[0][0]
+    assert len(curves(rows)["loss"]) == steps
+    return rows
+
+
 @pytest.fixture(scope="module")
 def one_process(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("one")
-    rows = run_world(train, 1, [config_of(tiny_data, ParallelConfig(), steps=20)], folder)[0][0]
-    assert len(curves(rows)["loss"]) == 20
-    return rows
+    return train_alone(tiny_data, tmp_path_factory.mktemp("one"), 4)
+
+
+@pytest.fixture(scope="module")
+def one_process_for_long(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return train_alone(tiny_data, tmp_path_factory.mktemp("long"), 20)
 
 
 def check_points(
@@ -138,9 +146,9 @@ def test_a_sample_of_the_grid_equals_one_process(
     ids=lambda points: f"{points[0]}-and-on",
 )
 def test_the_grid_equals_one_process(
-    points: list[Point], tiny_data: Path, tmp_path: Path, one_process: list[dict]
+    points: list[Point], tiny_data: Path, tmp_path: Path, one_process_for_long: list[dict]
 ) -> None:
-    check_points(points, tiny_data, tmp_path, one_process, 20)
+    check_points(points, tiny_data, tmp_path, one_process_for_long, 20)
 
 
 @pytest.mark.slow

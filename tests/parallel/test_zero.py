@@ -28,7 +28,7 @@ from fulmen.trainer.optim import Optimizer
 pytestmark = pytest.mark.slow
 
 SEED = 11
-STEPS = 5
+STEPS = 4
 MICRO_BATCHES = 8
 TOKENS = 48
 AUX_LOSS_COEF = 0.05

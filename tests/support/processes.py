@@ -1,5 +1,6 @@
 """launch/pretrain.py in processes of its own, which can be killed."""
 
+import gc
 import json
 import os
 import runpy
@@ -30,6 +31,7 @@ def start(size: int, arguments: Sequence[str], log: Path) -> list[BaseProcess]:
 
 
 def _run_script(environment: dict[str, str], arguments: Sequence[str], output: Path) -> None:
+    gc.freeze()  # as in support.worlds
     os.environ.update(environment)
     os.chdir(ROOT)
     with output.open("ab") as file:
