@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fulmen.trainer.manifest import load_run_config, read_manifest
+from fulmen.trainer.manifest import read_manifest
+from fulmen.trainer.run_config import load_run_config
 
 
 def find_checkpoint(run: str | None, checkpoint: str | None) -> Path:

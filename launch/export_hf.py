@@ -27,7 +27,8 @@ from fulmen.models.hf import (
     to_hf_config,
     to_preprocessor_config,
 )
-from fulmen.trainer.manifest import load_run_config, verify
+from fulmen.trainer.manifest import verify
+from fulmen.trainer.run_config import load_run_config
 from fulmen.trainer.weights import CheckpointWeights, load_model_config, new_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from fulmen.trainer.curves import COLORS, Rows, draw_line, figure, series
-from fulmen.trainer.manifest import CONFIG_FILE, load_run_config, values_by_key
+from fulmen.trainer.manifest import CONFIG_FILE
 from fulmen.trainer.metrics import EVAL_PREFIX
 from fulmen.trainer.report import find_panels, head_facts, read_rows, read_summary, write_page
+from fulmen.trainer.run_config import load_run_config, values_by_key
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fulmen.models.vision import resize_positions
-from fulmen.trainer.manifest import load_run_config, verify
+from fulmen.trainer.manifest import verify
+from fulmen.trainer.run_config import load_run_config
 from fulmen.trainer.weights import (
     CheckpointWeights,
     Piece,

@@ -27,9 +27,10 @@ from omegaconf import OmegaConf
 
 from fulmen.models.config import ModelConfig
 from fulmen.trainer.flops import training_flops
-from fulmen.trainer.manifest import CONFIG_FILE, load_run_config
+from fulmen.trainer.manifest import CONFIG_FILE
 from fulmen.trainer.memory import count_model
 from fulmen.trainer.metrics import read_metrics
+from fulmen.trainer.run_config import load_run_config
 from fulmen.trainer.run_folder import DONE
 from fulmen.trainer.scaling_joint import fit_joint
 from fulmen.trainer.weights import load_model_config

@@ -45,14 +45,8 @@ from torch.futures import Future
 
 from fulmen.models.config import ModelConfig
 from fulmen.trainer.config import RunConfig
-from fulmen.trainer.manifest import (
-    CONFIG_FILE,
-    CheckpointError,
-    describe,
-    load_run_config,
-    values_by_key,
-    write_manifest,
-)
+from fulmen.trainer.manifest import CONFIG_FILE, CheckpointError, describe, write_manifest
+from fulmen.trainer.run_config import load_run_config, values_by_key
 
 PREFIX = "model."
 FILE_BYTES = 4 * 2**30

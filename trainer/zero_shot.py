@@ -24,7 +24,7 @@ from fulmen.trainer.caption_inputs import caption_inputs, check_captions, move_c
 from fulmen.trainer.config import RunConfig, ZeroShotConfig, to_dataclass
 from fulmen.trainer.evaluate import held_out_batches
 from fulmen.trainer.load import load_captioner
-from fulmen.trainer.manifest import load_run_config
+from fulmen.trainer.run_config import load_run_config
 from fulmen.trainer.run_log import log
 
 TEXTS_AT_ONCE = 256

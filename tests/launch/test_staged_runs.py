@@ -21,9 +21,9 @@ from fulmen.trainer import run as run_module
 from fulmen.trainer.checkpoint import STATE_FILE
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.loop import Trainer
-from fulmen.trainer.manifest import load_run_config
 from fulmen.trainer.metrics import read_metrics
 from fulmen.trainer.run import run
+from fulmen.trainer.run_config import load_run_config
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,8 @@ import pytest
 
 from fulmen.launch.checkpoints import find_sources
 from fulmen.trainer.compare import _read_config
-from fulmen.trainer.manifest import CheckpointError, load_run_config
+from fulmen.trainer.manifest import CheckpointError
+from fulmen.trainer.run_config import load_run_config
 from fulmen.trainer.run_folder import DONE
 from fulmen.trainer.scaling import read_run
 from fulmen.trainer.weights import load_model_config

@@ -16,8 +16,8 @@ from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.long_context.pictures import draw_curves, draw_heat_map, short_length
 from fulmen.trainer.long_context.positions import PositionLoss, position_loss
 from fulmen.trainer.long_context.tasks import Cell, depths_of, open_language, score_cells
-from fulmen.trainer.manifest import load_run_config
 from fulmen.trainer.prefill import Reader
+from fulmen.trainer.run_config import load_run_config
 from fulmen.trainer.weights import load_model_config
 
 RESULTS = "results.json"

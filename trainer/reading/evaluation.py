@@ -15,7 +15,6 @@ from fulmen.data.config import SourceConfig
 from fulmen.data.tokenise import load_tokenizer
 from fulmen.parallel.mesh import Mesh
 from fulmen.trainer.checkpoint import STATE_FILE
-from fulmen.trainer.manifest import load_run_config
 from fulmen.trainer.prefill import Reader
 from fulmen.trainer.reading.answers import Answer, answer_texts, mean_scores
 from fulmen.trainer.reading.benchmarks import benchmark_questions, list_data
@@ -26,6 +25,7 @@ from fulmen.trainer.reading.prompts import PromptMaker
 from fulmen.trainer.reading.questions import Question
 from fulmen.trainer.reading.sources import held_out_questions
 from fulmen.trainer.report import write_page
+from fulmen.trainer.run_config import load_run_config
 from fulmen.trainer.weights import load_model_config
 
 RESULTS = "reading.json"
