@@ -7,6 +7,7 @@ one, and what pads them is computed too.
 from fulmen.trainer.caption_inputs import most_pairs
 from fulmen.trainer.config import RunConfig
 from fulmen.trainer.flops import forward_flops
+from fulmen.trainer.memory import tower_trains
 from fulmen.trainer.sizes import FP32, compute_bytes
 from fulmen.trainer.tower_memory import (
     Moved,
@@ -38,7 +39,7 @@ def captioner_flops(config: RunConfig, trained: dict[str, float]) -> dict[str, f
     )
     work = {part: trained.get(part, 3) * once for part, once in flops.items()}
     if config.trainer.activation_checkpointing == "full":
-        if trained.get("vision_tower", 3) > 1:
+        if tower_trains(config):
             work["vision_tower"] += flops["vision_tower"] - last_products(model.vision, pairs)
         last = 2 * pairs * model.hidden_size * model.expert_hidden_size
         layers, unimodal = model.num_layers, model.coca.num_unimodal_layers
@@ -49,7 +50,7 @@ def captioner_flops(config: RunConfig, trained: dict[str, float]) -> dict[str, f
     return work
 
 
-def captioner_moved(config: RunConfig, trained: dict[str, float]) -> float:
+def captioner_moved(config: RunConfig) -> float:
     """Bytes of ops that are bound by memory; see `tower_memory.block_moved`.
 
     With n tokens of captions, P patches, d = hidden_size and v the tower's, a block that sees has
@@ -79,8 +80,7 @@ def captioner_moved(config: RunConfig, trained: dict[str, float]) -> float:
         if config.trainer.activation_checkpointing != "none":
             numbers += layers * block.again
     numbers += 10 * shown + 5 * (read + seen)  # pooler; embeddings and the last norm
-    trains = trained.get("vision_tower", 3) > 1
-    return e * numbers + tower_moved(config, pairs, trains=trains)
+    return e * numbers + tower_moved(config, pairs, trains=tower_trains(config))
 
 
 def embeddings_sent(config: RunConfig) -> int:

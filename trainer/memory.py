@@ -324,9 +324,7 @@ def host_bytes(config: RunConfig) -> int:
     if model.coca is not None:
         return captioner_inputs(model, s.T, s.e)
     movable = sum(kept_of_layer(config, layer).movable for layer in range(model.num_layers))
-    if model.vision is None:
-        return movable
-    if not tower_trains(config):
+    if model.vision is None or not tower_trains(config):
         return movable
     return movable + tower_inputs(model.vision, count_tiles(model.vision, s.T), s.e)
 

@@ -29,6 +29,7 @@ from fulmen.trainer.memory import (
     host_bytes,
     list_units,
     lowest_trained,
+    tower_trains,
 )
 from fulmen.trainer.passes import Passes, count_passes
 from fulmen.trainer.schedule import batch_sizes, batch_tokens
@@ -191,7 +192,7 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
     bandwidth, matmul_rate = gpu.memory_gb_per_s * 1e9, peak * assume.matmul_share
     if model.coca is not None:
         parts = captioner_flops(config, trained).items()
-        moved = captioner_moved(config, trained) / (bandwidth * assume.memory_share)
+        moved = captioner_moved(config) / (bandwidth * assume.memory_share)
         work = {kind.replace("_", " "): operations / matmul_rate for kind, operations in parts}
         return work | {"memory-bound ops": moved}
     flops = forward_flops(
@@ -212,7 +213,7 @@ def _micro_batch_work(config: RunConfig, gpu: Gpu, assume: Assumptions) -> dict[
     )
     seeing, moved = {}, _moved_bytes(config, s, passes, share)
     if model.vision is not None:
-        trains, tiles = less["vision_tower"] < 2, s.T / model.vision.tiling.patches_per_tile
+        trains, tiles = tower_trains(config), s.T / model.vision.tiling.patches_per_tile
         moved += tower_moved(config, tiles, trains=trains)
         tower = (3 - less["vision_tower"]) * flops["vision_tower"]
         if trains and config.trainer.activation_checkpointing == "full":
