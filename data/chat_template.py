@@ -12,9 +12,9 @@ def chat_template(begin_turn: str, end_turn: str, image: str) -> str:
     once, which whoever reads pictures repeats. Tokens are the same but where a message begins with
     white space, which a tokenizer may join to the line end before it.
     """
-    begin, end, picture, line_end = map(json.dumps, (begin_turn, end_turn, image, "\n"))
+    begin, end, picture, line_end = map(_literal, (begin_turn, end_turn, image, "\n"))
     return (
-        f"{{% set headers = {json.dumps(HEADERS)} %}}"
+        f"{{% set headers = {_literal(HEADERS)} %}}"
         "{% for message in messages %}"
         "{% if message['role'] not in headers %}"
         "{{ raise_exception('a role is none of ' + headers | join(', ')) }}"
@@ -31,3 +31,8 @@ def chat_template(begin_turn: str, end_turn: str, image: str) -> str:
         f"{{{{ {begin} + headers['assistant'] }}}}"
         "{% endif %}"
     )
+
+
+def _literal(value: str | dict[str, str]) -> str:
+    # Jinja reads JSON, but for the pairs of escapes that stand for one rare character.
+    return json.dumps(value, ensure_ascii=False)

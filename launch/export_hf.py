@@ -69,8 +69,8 @@ def export(config: ExportConfig, console: Console) -> None:
         _write_config(folder, model, config, run)
         weights = CheckpointWeights(checkpoint)
         check_shapes(weights.shapes, parameter_shapes(model), str(checkpoint))
+        _copy_tokenizer(folder, run, console)  # a broken manifest is told before hours of writing
         _write_shards(folder, weights, model, config, console)
-        _copy_tokenizer(folder, run, console)
     if config.dtype == "bfloat16":
         console.print("fp32 weights were rounded to bfloat16; dtype=float32 keeps every bit")
     if config.format == "transformers" and model.rotary_dim != model.head_dim:

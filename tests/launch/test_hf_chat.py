@@ -16,12 +16,13 @@ from fulmen.data.conversations import parse_example
 from fulmen.data.image_encoding import HEADERS, SpecialIds, tokenise_example
 from fulmen.data.shards import FORMAT_VERSION
 from fulmen.data.tokenise import train_tokenizer
+from fulmen.launch import export_hf
 from fulmen.launch.export_hf import ExportConfig, export
 from fulmen.models.hf import parameter_shapes
 from fulmen.models.image_layout import Tiling, image_layout
 from fulmen.trainer.weights import Piece, save_weights
 
-NAMES = {"image_token": "<image>", "begin_turn": '<"begin">', "end_turn": "<end>"}
+NAMES = {"image_token": "<image>", "begin_turn": '<"bégin" 🙂>', "end_turn": "<end>"}
 IDS = SpecialIds(end_of_document=0, image=1, begin_turn=2, end_turn=3)
 
 
@@ -68,7 +69,7 @@ def test_a_template_gives_the_prepared_tokens(exported: Path, messages: Any) -> 
     text = tokenizer.apply_chat_template(given, tokenize=False)
     whole = tokenizer.encode(text, add_special_tokens=False)
     assert begun[: len(whole)] == whole
-    assert tokenizer.decode(begun[len(whole) :]) == '\n<"begin">ai name=assistant\n'
+    assert tokenizer.decode(begun[len(whole) :]) == '\n<"bégin" 🙂>ai name=assistant\n'
     if given[-1]["role"] != "assistant":
         return
     raw = tokenizer.backend_tokenizer
@@ -90,3 +91,17 @@ def test_an_answer_ends_with_its_turn_or_the_document(exported: Path) -> None:
     assert tokenizer.eos_token_id == IDS.end_turn
     with pytest.raises(Exception, match="a role is none of system, user, assistant"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+def test_a_broken_manifest_is_told_before_the_weights_are_written(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise ValueError(f"{path} is broken")
+
+    monkeypatch.setattr(export_hf, "read_manifest", broken)
+    monkeypatch.setattr(export_hf, "_write_shards", lambda *_: pytest.fail("hours of writing"))
+    checkpoint = str(exported.parent / "checkpoint")
+    with pytest.raises(ValueError, match="text is broken"):
+        export(ExportConfig(checkpoint, str(tmp_path / "out")), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
