@@ -54,7 +54,7 @@ long_tests() {
     run attention_errors 60 "python3 benchmarks/attention_errors.py" 12
 }
 policies() { run policies 200 "python3 benchmarks/long_steps.py every_way=true 'lengths=[32768]' 'kinds=[hybrid]' step.document_tokens=8192 budget_s=190 output=$out/policies" 14; }
-long_hybrid() { run long_hybrid 330 "python3 benchmarks/long_steps.py 'kinds=[hybrid]' 'lengths=[${LENGTHS:-8192,131072,524288,1048576}]' warmup_tokens=1048576 budget_s=320 output=$out/long_hybrid" 16; }
+long_hybrid() { run long_hybrid 330 "python3 benchmarks/long_steps.py 'kinds=[hybrid]' ${LENGTHS:+'lengths=[$LENGTHS]'} warmup_tokens=1048576 budget_s=320 output=$out/long_hybrid" 16; }
 prefill() { run prefill 230 "python3 benchmarks/prefill.py total_seconds=220 'lengths=[32768,131072,1048576,4194304]' output=$out/prefill" 8; }
 needles() {
     for model in hybrid lightning; do

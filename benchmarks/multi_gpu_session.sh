@@ -59,11 +59,11 @@ busy() { # so many tokens that the GPUs never wait for the host
     run busy_ep2 60 "$(ranks 2) $step parallel.ep=2" 1
     run busy_ep2_two_groups 60 "$(ranks 2) $step parallel.ep=2 parallel.expert_token_groups=2" 1
 }
-long() { run long_cp2 400 "python3 benchmarks/long_steps.py ranks=2 'kinds=[hybrid]' 'lengths=[${LENGTHS:-8192,131072,524288,1048576}]' budget_s=390 output=$out/long_cp2" 12; }
-long_beside() { # what takes a GPU each first; as full as each GPU gets
-    one_gpu() { CUDA_VISIBLE_DEVICES=$1 LENGTHS=$2 OUT=$out/gpu$1 bash benchmarks/gpu_session.sh "${@:3}" || echo "gpu$1" >>"$out/FAILED"; }
-    { one_gpu 0 1048576 long_control long_hybrid; } &
-    { one_gpu 1 8192,131072,524288 long_hybrid prefill needles; } &
+long() { run long_cp2 400 "python3 benchmarks/long_steps.py ranks=2 'kinds=[hybrid]' ${LENGTHS:+'lengths=[$LENGTHS]'} budget_s=390 output=$out/long_cp2" 12; }
+on_gpu() { CUDA_VISIBLE_DEVICES=$1 LENGTHS=$2 OUT=$out/gpu$1 bash benchmarks/gpu_session.sh "${@:3}" || echo "gpu$1" >>"$out/FAILED"; }
+long_beside() { # what takes one GPU first, as even as it gets
+    on_gpu 0 1048576 long_control long_hybrid &
+    on_gpu 1 8192,131072,524288 long_hybrid prefill needles &
     wait
     LENGTHS=1048576,524288,131072,8192 long
 }
